@@ -1,0 +1,62 @@
+"""The pydantic base of everything a recipe holds: frozen, strict, and helpful about unknown keys."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+
+class Options(BaseModel):
+    """A piece of a recipe: frozen once read, types are not converted, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler) -> Any:
+        if data is None:
+            data = {}  # `obs_diff:` with nothing behind it
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise rebuild(error, cls.__name__, lambda e: _explain_unknown(e, list(cls.model_fields))) from None
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """A clause `; did you mean 'x'?` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def rebuild(
+    error: ValidationError,
+    title: str,
+    change: Callable[[ErrorDetails], str | None] = lambda e: None,
+    prefix: tuple[str | int, ...] = (),
+) -> ValidationError:
+    """The same errors with other words or another place.
+
+    Args:
+        error: what pydantic found.
+        title: name of the model the new error speaks of.
+        change: gives new words for an error, or None to keep its own.
+        prefix: put in front of every location.
+    """
+    details: list[InitErrorDetails] = []
+    for e in error.errors(include_url=False):
+        words = change(e)
+        kind = e["type"] if words is None else "unknown_key"
+        custom = PydanticCustomError(kind, "{message}", {"message": e["msg"] if words is None else words})
+        details.append(InitErrorDetails(type=custom, loc=(*prefix, *e["loc"]), input=e["input"]))
+    return ValidationError.from_exception_data(title, details)
+
+
+def _explain_unknown(e: ErrorDetails, known: list[str]) -> str | None:
+    if e["type"] != "extra_forbidden" or len(e["loc"]) != 1:
+        return None
+    clause = suggest(str(e["loc"][0]), known)
+    return f"unknown key{clause or '; known: ' + (', '.join(known) or 'none')}"

@@ -1,0 +1,188 @@
+"""What a plugin author writes against: pruners, exporters, metrics, weightings and granularities.
+
+A plugin is a frozen pydantic model: its fields are its options in the recipe, its docstring is its help,
+and one method does the work. Nothing here imports torch, so that recipes are checked in an instant;
+a plugin's module should import its mathematics inside that method for the same reason.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from compressor.options import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compressor.calibration import Calibration
+    from compressor.pipeline import Pipeline
+    from compressor.structure import Component, Target
+
+MomentKind = Literal["none", "norms", "second"]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a pruner did to one linear layer.
+
+    Attributes:
+        name: the layer's dotted name in the component.
+        zeros: how many weights were to become zero; counted again in the stored weight after the run.
+        error: ||W X - W' X||^2 / ||W X||^2 over the calibration tokens, or None where none were gathered.
+        damping: what was added to the diagonal of the Hessian, relative to its mean; None without one.
+        seconds: time spent on this layer.
+        notes: what a user should know about this layer, one sentence each.
+    """
+
+    name: str
+    zeros: int
+    error: float | None = None
+    damping: float | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+class Pruner(Options, ABC):
+    """Changes the component in place. Registered in the entry-point group `compressor.pruners`."""
+
+    moments: ClassVar[MomentKind] = "none"
+    """What this pruner asks of the calibration: nothing, per-input sums and norms, or the full second moment."""
+
+    @abstractmethod
+    def check(self, targets: Sequence[Target]) -> None:
+        """Refuses layers that these options cannot prune; called by `plan` and before anything is calibrated.
+
+        Args:
+            targets: the layers chosen by the recipe; their modules may be on the meta device.
+
+        Raises:
+            CompressorError: naming the first layer that does not fit.
+        """
+
+    @abstractmethod
+    def zeros(self, target: Target) -> int:
+        """How many weights of this layer will be zero, exactly."""
+
+    @abstractmethod
+    def prune(self, component: Component, calibration: Calibration) -> Iterator[LayerResult]:
+        """Prunes every layer of `component.targets` in place, yielding after each one.
+
+        Args:
+            component: the module, its family and the layers to prune. Its weights are changed.
+            calibration: packages and moments on demand; samples the pipeline as pruned so far.
+
+        Raises:
+            CompressorError: naming the layer.
+        """
+
+
+class Granularity(Options, ABC):
+    """Which weights stand or fall together. Registered in `compressor.granularities`.
+
+    A granularity is asked for masks over blocks of whole columns, left to right, so that a solver which
+    compensates as it goes can ask again with updated scores.
+    """
+
+    needs_sparsity: ClassVar[bool]
+    """Whether the pruner's `sparsity` says how much goes; if not, giving one is an error."""
+
+    @abstractmethod
+    def check(self, target: Target) -> None:
+        """Raises a CompressorError naming the layer if its shape does not fit."""
+
+    @abstractmethod
+    def columns(self, block: int) -> int:
+        """The number of columns to be masked at a time, by a solver that works in blocks of `block`."""
+
+    @abstractmethod
+    def zeros(self, outputs: int, inputs: int, sparsity: float | None) -> int:
+        """The exact number of zeros in the first `inputs` columns of a layer with `outputs` rows."""
+
+    @abstractmethod
+    def mask(self, score_OI: Tensor, zeros: int, *, per_row: bool = False) -> Tensor:
+        """Which weights to remove: those of the lowest score.
+
+        Args:
+            score_OI: importance, outputs x inputs (a whole layer or a run of its columns).
+            zeros: exactly how many to remove.
+            per_row: compare weights within their output row only (Wanda's comparison group).
+
+        Returns:
+            Boolean tensor of the same shape, True where the weight goes; exactly `zeros` are True.
+        """
+
+
+class Weighting(Options, ABC):
+    """How much each inference step counts in the moments. Registered in `compressor.weightings`."""
+
+    @abstractmethod
+    def weights(self, steps: int) -> tuple[float, ...]:
+        """One positive weight for each of `steps` >= 1 inference steps, in sampling order."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an exporter wrote.
+
+    Attributes:
+        files: relative to the export folder.
+        checks: what was verified, each with its measured figures, JSON-serialisable.
+    """
+
+    files: tuple[Path, ...]
+    checks: dict[str, Any] = field(default_factory=dict)
+
+
+class Exporter(Options, ABC):
+    """Writes files for another runtime and proves them. Registered in `compressor.exporters`."""
+
+    @abstractmethod
+    def available(self) -> str | None:
+        """None if everything it needs is installed, else one line that says how to install it."""
+
+    @abstractmethod
+    def export(self, pipeline: Pipeline, folder: Path) -> Export:
+        """Writes into `folder`, which exists and is empty.
+
+        Args:
+            pipeline: the pruned pipeline, as reloaded from its checkpoint. Not changed.
+            folder: where the files go.
+
+        Raises:
+            CompressorError: if the written files do not compute what torch computes.
+        """
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images drawn twice from equal noise: by the dense pipeline and by the pruned one.
+
+    Attributes:
+        prompts: N captions.
+        dense: N x 3 x H x W in [0, 1], on the CPU.
+        pruned: the same shape, from the pruned component.
+        dense_latents: N x ... final latents of the dense pipeline, on the CPU.
+        pruned_latents: the same shape.
+    """
+
+    prompts: tuple[str, ...]
+    dense: Tensor
+    pruned: Tensor
+    dense_latents: Tensor
+    pruned_latents: Tensor
+
+
+class Metric(Options, ABC):
+    """Figures from pairs of images. Registered in `compressor.metrics`."""
+
+    @abstractmethod
+    def applies(self, source: str) -> bool:
+        """Whether this metric is taken by default for a model of this source (`builtin:shapes`, a folder, a hub id)."""
+
+    @abstractmethod
+    def measure(self, samples: Samples) -> dict[str, float]:
+        """Named figures; a name ending in `_se` is the standard error of the figure it follows."""

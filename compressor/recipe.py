@@ -1,0 +1,268 @@
+"""A recipe: what to do to which model, read from YAML and checked whole before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from compressor import located_yaml
+from compressor.errors import CompressorError
+from compressor.options import Options
+from compressor.plugin import Exporter, Metric, Pruner
+from compressor.registry import Choice, find
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _read_bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]i?B|B|)\s*", value, re.IGNORECASE)
+    try:
+        assert match
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    except (AssertionError, ValueError):
+        raise PydanticCustomError("bytes", "should be a size such as 8GiB or 500MB") from None
+
+
+Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(gt=0)]
+
+
+def _named(key: str) -> BeforeValidator:
+    """Lets a bare string stand for `{key: string}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+class Model(Options):
+    """Which pipeline, and which network in it."""
+
+    source: str = Field(description="a diffusers folder, a hub id `org/name`, or `builtin:NAME`")
+    component: str | None = Field(None, description="`transformer` or `unet`; found by itself where there is one")
+    variant: str | None = Field(None, description="the weights variant, such as `fp16`")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="the dtype to compute in; auto: float32 on a CPU, the stored dtype elsewhere"
+    )
+
+
+class Prompts(Options):
+    """Where prompts come from: one of a list of texts, a file, or a built-in pipeline's own captions."""
+
+    texts: tuple[str, ...] | None = Field(None, strict=False, description="the prompts themselves")
+    file: str | None = Field(None, description="a text file, one prompt a line, or a .csv or .tsv file")
+    column: str | None = Field(None, description="the column of a .csv or .tsv file")
+    builtin: str | None = Field(None, description="the name of a built-in pipeline, whose captions are used")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_forms(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return {"texts": value}
+        if isinstance(value, str):
+            return {"builtin": value[8:]} if value.startswith("builtin:") else {"file": value}
+        return value
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Prompts:
+        given = [name for name in ("texts", "file", "builtin") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"should give one of texts, file and builtin, found {' and '.join(given) or 'none'}")
+        if self.column is not None and self.file is None:
+            raise ValueError("column has no effect without file")
+        return self
+
+
+class Calibration(Options):
+    """How the pipeline is sampled to see what its layers are fed."""
+
+    prompts: Prompts = Field(description="the prompts to draw from")
+    samples: int = Field(100, ge=1, description="how many prompts to draw, by the recipe's seed")
+    steps: int = Field(25, ge=1, description="inference steps a prompt")
+    guidance: float = Field(7.0, ge=0, strict=False, description="classifier-free guidance scale")
+    batch: int = Field(4, ge=1, description="prompts at a time; halved when memory runs out")
+    height: int | None = Field(None, ge=8, description="pixels; the pipeline's own default if not given")
+    width: int | None = Field(None, ge=8, description="pixels; the pipeline's own default if not given")
+    packages: int | None = Field(
+        None, ge=1, description="into how many Module Packages the layers are cut; 4 if neither this nor memory is given"
+    )
+    memory: Bytes | None = Field(None, description="instead of packages: the most that moments may take at a time, as 8GiB")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Calibration:
+        if self.packages is not None and self.memory is not None:
+            raise ValueError("should give packages or memory, found both")
+        return self
+
+
+class Targets(Options):
+    """Which linear layers are pruned, by role, by name, or by `re:` and a regular expression on the name."""
+
+    include: tuple[str, ...] = Field(("attention", "feed_forward"), strict=False)
+    exclude: tuple[str, ...] = Field((), strict=False)
+
+
+class Pruning(Options):
+    """One pruner and the layers it is given."""
+
+    pruner: Annotated[Pruner, Choice("pruner")]
+    targets: Targets = Targets()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_pruner(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"pruner": value}
+        if not isinstance(value, dict):
+            return value
+        named = {key: options for key, options in value.items() if key not in ("targets",)}
+        if set(named) == {"pruner"}:
+            return value
+        return {"pruner": named, **{key: value[key] for key in value if key == "targets"}}
+
+
+class Report(Options):
+    """The images and figures that show what the pruning did."""
+
+    prompts: Prompts | None = Field(None, description="the calibration's prompts if not given")
+    images: int = Field(8, ge=0, description="pairs of images drawn dense and pruned from equal noise")
+    steps: int = Field(25, ge=1, description="inference steps an image")
+    guidance: float = Field(7.0, ge=0, strict=False)
+    batch: int = Field(4, ge=1)
+    metrics: tuple[Annotated[Metric, Choice("metric")], ...] | None = Field(
+        None, strict=False, description="every installed metric that applies to the model, if not given"
+    )
+
+
+class Recipe(Options):
+    """The whole of a recipe."""
+
+    model: Annotated[Model, _named("source")]
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, ...")
+    seed: int = Field(0, ge=0, description="of the noise and of the choice of prompts")
+    calibration: Calibration | None = None
+    prune: tuple[Pruning, ...] = Field(strict=False, min_length=1)
+    report: Report = Report()
+    export: tuple[Annotated[Exporter, Choice("exporter")], ...] = Field((), strict=False)
+    output: str = Field(description="the folder to write, relative to where the command is run")
+
+    @model_validator(mode="after")
+    def _check_calibration(self) -> Recipe:
+        for i, entry in enumerate(self.prune):
+            if entry.pruner.moments != "none" and self.calibration is None:
+                name = next(iter(Choice("pruner").write(entry.pruner)))
+                raise ValueError(f"calibration is missing: prune[{i}].{name} needs the inputs of its layers")
+        if self.report.images and self.report.prompts is None and self.calibration is None:
+            raise ValueError("report.prompts is missing: without a calibration there are no prompts to draw images from")
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """The recipe as plain data, every default spelled out, in the form that `load` reads."""
+        data = self.model_dump(mode="json")
+        data["prune"] = [{**entry.pop("pruner"), **entry} for entry in data["prune"]]
+        return data
+
+
+def load(file: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        file: a YAML file, or the name of a recipe that came with the package, such as `quickstart`.
+        overrides: `KEY.KEY=VALUE` assignments, applied before checking.
+
+    Raises:
+        CompressorError: with every mistake, one a line, as `file:line: where: what`.
+    """
+    path = Path(file)
+    if not path.exists() and not path.suffix and str(file) in shipped():
+        path = shipped()[str(file)]
+    source = located_yaml.read(path)
+    for assignment in overrides:
+        source.set(assignment)
+    try:
+        recipe = Recipe.model_validate(source.data)
+    except ValidationError as error:
+        raise CompressorError("\n".join(_explain(error, source))) from None
+    return _resolve(recipe, path.parent)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that came with the package, by name."""
+    installed = Path(__file__).parent / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def schema() -> dict[str, Any]:
+    """A JSON Schema of recipes with the plugins installed here, for editors to complete from."""
+    result = Recipe.model_json_schema()
+    entry = result["$defs"]["Pruning"]
+    by_name = entry["properties"].pop("pruner")["oneOf"]
+    entry["properties"].update({k: v for option in by_name for k, v in option.get("properties", {}).items()})
+    entry["required"] = []
+    entry["oneOf"] = [{"required": [name]} for name in find("pruner")]
+    for name in ("model", "prompts"):
+        _allow_short_form(result, name)
+    result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    result["title"] = "compressor recipe"
+    return result
+
+
+def _resolve(recipe: Recipe, folder: Path) -> Recipe:
+    """Input paths in a recipe are relative to the recipe's own folder."""
+
+    def beside(path: str) -> str:
+        return str(folder / path) if not Path(path).is_absolute() and (folder / path).exists() else path
+
+    def prompts(value: Prompts | None) -> Prompts | None:
+        if value is None or value.file is None:
+            return value
+        return value.model_copy(update={"file": beside(value.file)})
+
+    calibration = recipe.calibration
+    if calibration is not None:
+        calibration = calibration.model_copy(update={"prompts": prompts(calibration.prompts)})
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"source": beside(recipe.model.source)}),
+            "calibration": calibration,
+            "report": recipe.report.model_copy(update={"prompts": prompts(recipe.report.prompts)}),
+        }
+    )
+
+
+def _explain(error: ValidationError, source: located_yaml.Located) -> list[str]:
+    found = []
+    for e in error.errors(include_url=False):
+        place = tuple(e["loc"])
+        if len(place) >= 3 and place[0] == "prune" and place[2] == "pruner":
+            place = (*place[:2], *place[3:])
+        where = source.where(place)
+        line = int(tail) if (tail := where.rpartition(":")[2]).isdigit() else 0
+        found.append((line, f"{where}: {located_yaml.dotted(place)}{': ' if place else ''}{_words(e)}"))
+    return [text for _, text in sorted(found, key=lambda pair: pair[0])]
+
+
+def _words(e: Any) -> str:
+    message = e["msg"]
+    for start in ("Value error, ", "Input "):
+        message = message.removeprefix(start)
+    if e["type"] == "missing":
+        return "is missing"
+    value = e["input"]
+    if message.startswith("should") and "found" not in message and not isinstance(value, (dict, list)):
+        message += f", found {value!r}" if isinstance(value, str) else f", found {value}"
+    return message
+
+
+def _allow_short_form(result: dict[str, Any], name: str) -> None:
+    """Says in the schema what `_named` and `Prompts` accept besides a mapping."""
+    for definition in [result, *result["$defs"].values()]:
+        field = definition.get("properties", {}).get(name)
+        if field is None:
+            continue
+        others = [{"type": "string"}] + ([{"type": "array", "items": {"type": "string"}}] if name == "prompts" else [])
+        kept = {k: field.pop(k) for k in ("$ref", "anyOf") if k in field}
+        field["anyOf"] = [*kept.pop("anyOf", []), *([kept] if kept else []), *others]

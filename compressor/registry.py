@@ -1,0 +1,226 @@
+"""Finds plugins by entry point. Listing names imports nothing; loading one imports that one."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+
+from compressor.errors import CompressorError
+from compressor.options import Options, rebuild, suggest
+
+KINDS = {
+    "pruner": "compressor.pruners",
+    "exporter": "compressor.exporters",
+    "family": "compressor.families",
+    "metric": "compressor.metrics",
+    "weighting": "compressor.weightings",
+    "granularity": "compressor.granularities",
+}
+
+
+def find(kind: str) -> dict[str, metadata.EntryPoint]:
+    """Lists the installed plugins of a kind (a key of `KINDS`) by name, sorted, without importing any.
+
+    Raises:
+        CompressorError: if two distributions register the same name.
+    """
+    found: dict[str, metadata.EntryPoint] = {}
+    for entry in sorted(metadata.entry_points(group=KINDS[kind])):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise CompressorError(
+                f"two plugins register the {kind} '{entry.name}': {_origin(other)} and {_origin(entry)}; "
+                "uninstall one or rename it"
+            )
+    return found
+
+
+def load(kind: str, name: str) -> Any:
+    """Imports the plugin `name` and returns what its entry point names (a class, or a family table).
+
+    Raises:
+        CompressorError: if there is none of that name, or importing it fails for any reason.
+    """
+    found = find(kind)
+    if name not in found:
+        raise CompressorError(_unknown(kind, name, list(found)))
+    entry = found[name]
+    try:
+        return entry.load()
+    except Exception as error:  # whatever a broken third-party module raises becomes one named error
+        raise CompressorError(
+            f"{kind} '{name}' ({_origin(entry)}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    clause = suggest(name, known) or f"; installed: {', '.join(known) or 'none'}"
+    return (
+        f"no {kind} named '{name}'{clause} "
+        "(a plugin just added to a project shows up after `pip install -e .` is run again)"
+    )
+
+
+def _origin(entry: metadata.EntryPoint) -> str:
+    return f"{entry.value} of {entry.dist.name}" if entry.dist else entry.value
+
+
+class Choice:
+    """Annotates a field that names a plugin: `name`, or `{name: {option: value}}`.
+
+    `granularity: Annotated[Granularity, Choice("granularity")]` reads `granularity: unstructured` as well as
+    `granularity: {n_m: {keep: 2, of: 4}}` into an instance of the class that the entry point names.
+    Every mistake inside the options is reported under its own path.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.read,
+            serialization=core_schema.plain_serializer_function_ser_schema(self.write),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict:
+        definitions: list[dict[str, Any]] = []
+        for name in find(self.kind):
+            cls = load(self.kind, name)
+            options = handler.resolve_ref_schema(handler(cls.__pydantic_core_schema__))
+            if not options.get("required"):
+                definitions.append({"const": name, "description": _first_line(cls)})
+            definitions.append(
+                {
+                    "type": "object",
+                    "properties": {name: options},
+                    "required": [name],
+                    "additionalProperties": False,
+                    "description": _first_line(cls),
+                }
+            )
+        return {"oneOf": definitions}
+
+    def read(self, value: Any) -> Any:
+        """Turns a name, or a name with options, into an instance of the plugin."""
+        names = find(self.kind)
+        if isinstance(value, str):
+            name, options = value, {}
+        elif isinstance(value, dict) and len(value) == 1:
+            name, options = next(iter(value.items()))
+        elif isinstance(value, Options):
+            return value
+        else:
+            raise PydanticCustomError(
+                "plugin",
+                "should name one {kind} ({names}), as `name` or `{{name: options}}`, found {found}",
+                {"kind": self.kind, "names": ", ".join(names), "found": _describe(value)},
+            )
+        try:
+            cls = load(self.kind, str(name))
+        except CompressorError as error:
+            raise PydanticCustomError("plugin", "{message}", {"message": str(error)}) from error
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise rebuild(error, str(name), prefix=(str(name),)) from None
+
+    def write(self, value: Any) -> Any:
+        """The inverse of `read`, with every option spelled out."""
+        name = next(name for name in find(self.kind) if load(self.kind, name) is type(value))
+        return {name: value.model_dump(mode="json")}
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    clause = suggest(name, known) or f"; installed: {', '.join(known) or 'none'}"
+    return (
+        f"no {kind} named '{name}'{clause} "
+        "(a plugin just added to a project shows up after `pip install -e .` is run again)"
+    )
+
+
+def _origin(entry: metadata.EntryPoint) -> str:
+    return f"{entry.value} of {entry.dist.name}" if entry.dist else entry.value
+
+
+class Choice:
+    """Annotates a field that names a plugin: `name`, or `{name: {option: value}}`.
+
+    `granularity: Annotated[Granularity, Choice("granularity")]` reads `granularity: unstructured` as well as
+    `granularity: {n_m: {keep: 2, of: 4}}` into an instance of the class that the entry point names.
+    Every mistake inside the options is reported under its own path.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.read,
+            serialization=core_schema.plain_serializer_function_ser_schema(self.write),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict:
+        definitions: list[dict[str, Any]] = []
+        for name in find(self.kind):
+            cls = load(self.kind, name)
+            options = handler.resolve_ref_schema(handler(cls.__pydantic_core_schema__))
+            if not options.get("required"):
+                definitions.append({"const": name, "description": _first_line(cls)})
+            definitions.append(
+                {
+                    "type": "object",
+                    "properties": {name: options},
+                    "required": [name],
+                    "additionalProperties": False,
+                    "description": _first_line(cls),
+                }
+            )
+        return {"oneOf": definitions}
+
+    def read(self, value: Any) -> Any:
+        """Turns a name, or a name with options, into an instance of the plugin."""
+        names = find(self.kind)
+        if isinstance(value, str):
+            name, options = value, {}
+        elif isinstance(value, dict) and len(value) == 1:
+            name, options = next(iter(value.items()))
+        elif isinstance(value, Options):
+            return value
+        else:
+            raise PydanticCustomError(
+                "plugin",
+                "should name one {kind} ({names}), as `name` or `{{name: options}}`, found {found}",
+                {"kind": self.kind, "names": ", ".join(names), "found": _describe(value)},
+            )
+        try:
+            cls = load(self.kind, str(name))
+        except CompressorError as error:
+            raise PydanticCustomError("plugin", "{message}", {"message": str(error)}) from error
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise rebuild(error, str(name), prefix=(str(name),)) from None
+
+    def write(self, value: Any) -> Any:
+        """The inverse of `read`, with every option spelled out."""
+        name = next(n for n, cls in self._installed().items() if type(value) is cls)
+        return {name: value.model_dump(mode="json")}
+
+    def _installed(self) -> dict[str, Any]:
+        return {name: load(self.kind, name) for name in find(self.kind)}
+
+    def _loaded(self, cls: type) -> list[type]:
+        return [cls] if hasattr(cls, "model_validate") else []
+
+
+def _first_line(cls: Any) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{len(value)} keys ({', '.join(map(str, value))})" if value else "an empty mapping"
+    return f"{value!r}"

@@ -1,0 +1,203 @@
+"""What is known about one architecture: its prunable linears, their roles, and what its forward takes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+
+Part = Literal["attention", "feed_forward"]
+Role = Literal["query", "key", "value", "output", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of a family's table.
+
+    Attributes:
+        suffix: the linear's name inside its block, such as `attn.to_q`.
+        part: attention or feed-forward.
+        role: what it is there.
+        stream: the token stream that it belongs to: `image`, `text`, or `joint` where they are one sequence.
+        stage: its place in the block's order of execution; layers of one stage run side by side.
+    """
+
+    suffix: str
+    part: Part
+    role: Role
+    stream: str
+    stage: int
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """The linears of every block whose name matches.
+
+    Attributes:
+        pattern: a regular expression on the whole name of the block's module.
+        layers: rows that a block may have; one that lacks a row's layer simply does not have it.
+    """
+
+    pattern: str
+    layers: tuple[Layer, ...]
+
+
+class ExampleInputs(Protocol):
+    """Makes inputs for a component's forward from its config."""
+
+    def __call__(
+        self, module: nn.Module, *, batch: int, height: int, width: int, sequence: int
+    ) -> dict[str, Tensor | dict[str, Tensor]]:
+        """Random inputs by argument name, on the module's device and in its dtype.
+
+        Args:
+            module: the component; its `config` gives the channels.
+            batch: samples.
+            height: latent rows (image height over the VAE factor).
+            width: latent columns.
+            sequence: text tokens.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture as data. Registered in the entry-point group `compressor.families`.
+
+    Attributes:
+        name: as in the entry point.
+        component_class: the diffusers class it describes.
+        blocks: tables of linears, in order of execution.
+        inputs: makes example inputs.
+    """
+
+    name: str
+    component_class: str
+    blocks: tuple[BlockTable, ...]
+    inputs: ExampleInputs
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear that may be pruned.
+
+    Attributes:
+        name: dotted name in the component.
+        module: the linear itself, possibly on the meta device.
+        block: dotted name of its block.
+        layer: its row in the family's table.
+    """
+
+    name: str
+    module: nn.Linear
+    block: str
+    layer: Layer
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the weight."""
+        return self.module.out_features
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the weight."""
+        return self.module.in_features
+
+    @property
+    def unit(self) -> tuple[str, int]:
+        """Layers of equal unit run side by side: the block and the stage in it."""
+        return self.block, self.layer.stage
+
+
+@dataclass(frozen=True)
+class Component:
+    """The network that is changed, and the layers of it that a pruner is given.
+
+    Attributes:
+        name: `transformer` or `unet`.
+        module: the network.
+        family: its table.
+        targets: in order of execution.
+    """
+
+    name: str
+    module: nn.Module
+    family: Family
+    targets: tuple[Target, ...]
+
+
+def find_targets(module: nn.Module, family: Family) -> tuple[Target, ...]:
+    """Every linear of the module that the family's table knows, in order of execution.
+
+    Raises:
+        CompressorError: if the table fits no layer, or a layer that it names is not a plain Linear.
+    """
+    found: list[Target] = []
+    modules = dict(module.named_modules())
+    for table in family.blocks:
+        for block in (name for name in modules if re.fullmatch(table.pattern, name)):
+            for row in sorted(table.layers, key=lambda row: row.stage):
+                name = f"{block}.{row.suffix}"
+                layer = modules.get(name)
+                if layer is None:
+                    continue
+                if type(layer) is not nn.Linear:
+                    raise CompressorError(
+                        f"{name}: should be a plain torch.nn.Linear, found {type(layer).__module__}.{type(layer).__name__}; "
+                        "merge adapters and undo quantisation before pruning"
+                    )
+                found.append(Target(name, layer, block, row))
+    if not found:
+        raise CompressorError(f"family '{family.name}': none of its layers is in this {type(module).__name__}")
+    return tuple(found)
+
+
+def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[Target, ...]:
+    """The targets that an include pattern matches and no exclude pattern does.
+
+    A pattern is a part (`attention`, `feed_forward`), a role (`query`, ...), a stream (`text`), a layer's or a block's
+    dotted name, or `re:` and a regular expression searched for in the name.
+
+    Raises:
+        CompressorError: if a pattern matches no layer, or nothing is left.
+    """
+    chosen: set[str] = set()
+    dropped: set[str] = set()
+    for patterns, names in ((include, chosen), (exclude, dropped)):
+        for pattern in patterns:
+            hits = {target.name for target in targets if _matches(pattern, target)}
+            if not hits:
+                known = sorted({word for t in targets for word in (t.layer.part, t.layer.role, t.layer.stream)})
+                raise CompressorError(
+                    f"targets: '{pattern}' matches none of the {len(targets)} layers; a pattern is one of "
+                    f"{', '.join(known)}, the name of a layer or block such as '{targets[0].name}', or re:REGEX"
+                )
+            names |= hits
+    left = tuple(target for target in targets if target.name in chosen - dropped)
+    if not left:
+        raise CompressorError(f"targets: exclude leaves none of the {len(chosen)} layers that include chose")
+    return left
+
+
+def _matches(pattern: str, target: Target) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], target.name) is not None
+        except re.error as error:
+            raise CompressorError(f"targets: '{pattern}' is not a regular expression: {error}") from None
+    layer = target.layer
+    return pattern in (layer.part, layer.role, layer.stream, target.block) or (
+        target.name == pattern or target.name.startswith(pattern + ".")
+    )
+
+
+def like(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype of a module's first floating-point parameter."""
+    parameter = next(p for p in module.parameters() if p.is_floating_point())
+    return parameter.device, parameter.dtype
+

@@ -1,0 +1,70 @@
+"""Flux: double blocks (an image and a text stream, joint attention), then single blocks over one joint sequence.
+
+Architecture: Black Forest Labs, FLUX.1. In a single block, attention and feed-forward run side by side on the same
+input, and one output projection reads both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.structure.family import BlockTable, Family, Layer, like
+
+
+def example_inputs(
+    module: nn.Module, *, batch: int, height: int, width: int, sequence: int
+) -> dict[str, Tensor | dict[str, Tensor]]:
+    """Inputs of `FluxTransformer2DModel.forward`: latents packed two by two, with the position of every token."""
+    config, (device, dtype) = module.config, like(module)
+    rows, columns = height // 2, width // 2
+    positions = torch.zeros(rows, columns, 3)
+    positions[..., 1] += torch.arange(rows)[:, None]
+    positions[..., 2] += torch.arange(columns)[None, :]
+    inputs: dict[str, Tensor | dict[str, Tensor]] = {
+        "hidden_states": torch.randn(batch, rows * columns, config.in_channels, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, sequence, config.joint_attention_dim, device=device, dtype=dtype),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, device=device, dtype=dtype),
+        "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
+        "img_ids": positions.reshape(rows * columns, 3).to(device, dtype),
+        "txt_ids": torch.zeros(sequence, 3, device=device, dtype=dtype),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.full((batch,), 3.5, device=device, dtype=dtype)
+    return inputs
+
+
+FAMILY = Family(
+    name="flux",
+    component_class="FluxTransformer2DModel",
+    blocks=(
+        BlockTable(
+            r"transformer_blocks\.\d+",
+            (
+                Layer("attn.to_q", "attention", "query", "image", 0),
+                Layer("attn.to_k", "attention", "key", "image", 0),
+                Layer("attn.to_v", "attention", "value", "image", 0),
+                Layer("attn.add_q_proj", "attention", "query", "text", 0),
+                Layer("attn.add_k_proj", "attention", "key", "text", 0),
+                Layer("attn.add_v_proj", "attention", "value", "text", 0),
+                Layer("attn.to_out.0", "attention", "output", "image", 1),
+                Layer("attn.to_add_out", "attention", "output", "text", 1),
+                Layer("ff.net.0.proj", "feed_forward", "up", "image", 2),
+                Layer("ff_context.net.0.proj", "feed_forward", "up", "text", 2),
+                Layer("ff.net.2", "feed_forward", "down", "image", 3),
+                Layer("ff_context.net.2", "feed_forward", "down", "text", 3),
+            ),
+        ),
+        BlockTable(
+            r"single_transformer_blocks\.\d+",
+            (
+                Layer("attn.to_q", "attention", "query", "joint", 0),
+                Layer("attn.to_k", "attention", "key", "joint", 0),
+                Layer("attn.to_v", "attention", "value", "joint", 0),
+                Layer("proj_mlp", "feed_forward", "up", "joint", 0),
+                Layer("proj_out", "feed_forward", "down", "joint", 1),
+            ),
+        ),
+    ),
+    inputs=example_inputs,
+)

@@ -1,0 +1,56 @@
+"""Stable Diffusion 3 and 3.5 (MMDiT): joint attention over an image and a text stream.
+
+Architecture: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (ICML 2024).
+SD3.5-medium's first blocks have a second attention, `attn2`, over the image stream alone; the last block of every
+model has no text output (`context_pre_only`), so some rows are absent there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.structure.family import BlockTable, Family, Layer, like
+
+
+def example_inputs(
+    module: nn.Module, *, batch: int, height: int, width: int, sequence: int
+) -> dict[str, Tensor | dict[str, Tensor]]:
+    """Inputs of `SD3Transformer2DModel.forward`."""
+    config, (device, dtype) = module.config, like(module)
+    return {
+        "hidden_states": torch.randn(batch, config.in_channels, height, width, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, sequence, config.joint_attention_dim, device=device, dtype=dtype),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, device=device, dtype=dtype),
+        "timestep": torch.full((batch,), 500.0, device=device, dtype=dtype),
+    }
+
+
+FAMILY = Family(
+    name="sd3",
+    component_class="SD3Transformer2DModel",
+    blocks=(
+        BlockTable(
+            r"transformer_blocks\.\d+",
+            (
+                Layer("attn.to_q", "attention", "query", "image", 0),
+                Layer("attn.to_k", "attention", "key", "image", 0),
+                Layer("attn.to_v", "attention", "value", "image", 0),
+                Layer("attn.add_q_proj", "attention", "query", "text", 0),
+                Layer("attn.add_k_proj", "attention", "key", "text", 0),
+                Layer("attn.add_v_proj", "attention", "value", "text", 0),
+                Layer("attn2.to_q", "attention", "query", "image", 0),
+                Layer("attn2.to_k", "attention", "key", "image", 0),
+                Layer("attn2.to_v", "attention", "value", "image", 0),
+                Layer("attn.to_out.0", "attention", "output", "image", 1),
+                Layer("attn.to_add_out", "attention", "output", "text", 1),
+                Layer("attn2.to_out.0", "attention", "output", "image", 1),
+                Layer("ff.net.0.proj", "feed_forward", "up", "image", 2),
+                Layer("ff_context.net.0.proj", "feed_forward", "up", "text", 2),
+                Layer("ff.net.2", "feed_forward", "down", "image", 3),
+                Layer("ff_context.net.2", "feed_forward", "down", "text", 3),
+            ),
+        ),
+    ),
+    inputs=example_inputs,
+)
