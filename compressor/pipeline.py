@@ -1,0 +1,282 @@
+"""Loads a diffusers pipeline without unpickling anything, and finds in it the network to change."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from compressor import builtin, registry
+from compressor.errors import CompressorError
+from compressor.recipe import Model
+from compressor.structure import Family, Target, find_targets
+
+NETWORKS = ("transformer", "unet")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A diffusers folder as read from its JSON files alone.
+
+    Attributes:
+        path: the folder.
+        source: what the recipe called it.
+        pipeline_class: such as `StableDiffusion3Pipeline`.
+        components: names present; those that the pipeline does without are in `absent`.
+        absent: names that `model_index.json` declares empty.
+        network: the component to change.
+        family: what is known about it.
+    """
+
+    path: Path
+    source: str
+    pipeline_class: str
+    components: tuple[str, ...]
+    absent: tuple[str, ...]
+    network: str
+    family: Family
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's `config.json`."""
+        return _read_json(self.path / component / "config.json")
+
+    @property
+    def vae_factor(self) -> int:
+        """Image pixels a latent pixel."""
+        if "vae" not in self.components:
+            return 8
+        return 2 ** (len(self.config("vae").get("block_out_channels", [0] * 4)) - 1)
+
+    @property
+    def text_tokens(self) -> int:
+        """Text tokens that the network is given for a prompt."""
+        tokenizer = self.path / "tokenizer" / "tokenizer_config.json"
+        clip = min(_read_json(tokenizer).get("model_max_length", 77), 512) if tokenizer.is_file() else 77
+        if self.family.name == "sd3":
+            return clip + (256 if "text_encoder_3" in self.components else clip)
+        return 512 if self.family.name == "flux" else clip
+
+    @property
+    def default_size(self) -> int:
+        """Height and width, in pixels, that the pipeline draws at if it is not told."""
+        size = self.config(self.network).get("sample_size") or 128
+        return int(size if isinstance(size, int) else size[0]) * self.vae_factor
+
+    def twin(self) -> nn.Module:
+        """The network on the meta device: every shape, no memory."""
+        cls = getattr(diffusers, self.family.component_class)
+        with torch.device("meta"):
+            return cls.from_config(self.config(self.network)).eval()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A loaded pipeline.
+
+    Attributes:
+        pipe: the diffusers pipeline, on its device.
+        folder: where it came from.
+        module: the network to change (`pipe.transformer` or `pipe.unet`).
+        targets: every linear of the network that may be pruned.
+        stored: for each model component, the dtype of each tensor in its files.
+        dtype: the dtype it computes in.
+    """
+
+    pipe: Any
+    folder: Folder
+    module: nn.Module
+    targets: tuple[Target, ...]
+    stored: dict[str, dict[str, torch.dtype]]
+    dtype: torch.dtype
+
+    @property
+    def component_name(self) -> str:
+        """`transformer` or `unet`."""
+        return self.folder.network
+
+    @property
+    def family(self) -> Family:
+        """What is known about the network."""
+        return self.folder.family
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.module.parameters()).device
+
+
+def open_folder(model: Model) -> Folder:
+    """Finds a model's folder and reads what it is, without its weights.
+
+    Raises:
+        CompressorError: if there is no such model, it is no diffusers folder, it lacks the component asked for,
+            or no family knows its network.
+    """
+    path = _locate(model)
+    index_file = path / "model_index.json"
+    if not index_file.is_file():
+        raise CompressorError(f"{path}: should be a diffusers folder with a model_index.json, found none")
+    index = _read_json(index_file)
+    entries = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2}
+    absent = tuple(name for name, entry in entries.items() if entry[1] is None)
+    present = tuple(name for name in entries if name not in absent)
+    networks = [name for name in present if name in NETWORKS]
+    network = model.component or (networks[0] if len(networks) == 1 else None)
+    if network is None:
+        raise CompressorError(
+            f"{path}: model.component should say which network to change; found {', '.join(networks) or 'neither'} "
+            f"of {' and '.join(NETWORKS)} among {', '.join(present)}"
+        )
+    if network not in present:
+        raise CompressorError(f"{path}: the pipeline has no component '{network}'; it has {', '.join(present)}")
+    return Folder(
+        path, model.source, index.get("_class_name", "?"), present, absent, network, _find_family(entries[network][1])
+    )
+
+
+def load(model: Model, device: str) -> Pipeline:
+    """Loads a pipeline onto a device.
+
+    Args:
+        model: which one, and in which dtype to compute.
+        device: `auto`, `cpu`, `cuda`, ...
+
+    Raises:
+        CompressorError: if it cannot be found, its weights are missing, damaged or pickled, or the device is absent.
+    """
+    target = pick_device(device)
+    folder = open_folder(model)
+    stored = {name: _check_weights(folder.path / name, model.variant) for name in folder.components if _is_model(folder, name)}
+    dtype = _compute_dtype(model.dtype, target, stored[folder.network])
+    pipe_class = getattr(diffusers, folder.pipeline_class, None)
+    if pipe_class is None:
+        raise CompressorError(f"{folder.path}: diffusers {diffusers.__version__} has no pipeline class '{folder.pipeline_class}'")
+    try:
+        pipe = pipe_class.from_pretrained(
+            folder.path,
+            use_safetensors=True,
+            variant=model.variant,
+            torch_dtype=dtype,
+            **dict.fromkeys(folder.absent),
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CompressorError(f"{folder.path}: diffusers cannot load this pipeline: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    for name in stored:
+        getattr(pipe, name).eval().requires_grad_(False)
+    pipe.to(target)
+    module = getattr(pipe, folder.network)
+    return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU, else the CPU.
+
+    Raises:
+        CompressorError: if it is no device, or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise CompressorError(f"device: '{name}' cannot be used: {first}") from None
+    return device
+
+
+def _locate(model: Model) -> Path:
+    source = model.source
+    if source.startswith("builtin:"):
+        return builtin.path(source.removeprefix("builtin:"))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CompressorError(
+            f"{source}: should be a diffusers folder, found a file; convert a single-file checkpoint with "
+            "diffusers' from_single_file(...).save_pretrained(FOLDER)"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise CompressorError(f"model.source: no folder '{source}', and it is no hub id of the form org/name")
+    try:
+        return Path(
+            diffusers.DiffusionPipeline.download(source, use_safetensors=True, variant=model.variant)  # pyright: ignore
+        )
+    except Exception as error:  # the hub client raises many kinds; each means that there is no model
+        raise CompressorError(
+            f"model.source: no folder '{source}', and it cannot be had from the hub: {_first_line(error)}"
+        ) from error
+
+
+def _find_family(component_class: str) -> Family:
+    families = [registry.load("family", name) for name in registry.find("family")]
+    for family in families:
+        if family.component_class == component_class:
+            return family
+    known = ", ".join(f"{family.name} ({family.component_class})" for family in families)
+    raise CompressorError(f"no family knows the network class '{component_class}'; known: {known}")
+
+
+def _is_model(folder: Folder, name: str) -> bool:
+    return (folder.path / name / "config.json").is_file()
+
+
+def _check_weights(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
+    """Reads the headers of a component's weights; nothing is unpickled."""
+    files = sorted(folder.glob("*.safetensors"))
+    marked = [f for f in files if variant and f".{variant}" in f.name]
+    plain = [f for f in files if re.fullmatch(r"[\w-]+\.safetensors", f.name)]
+    files = marked or plain
+    if not files:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES) if folder.is_dir() else []
+        if pickles:
+            raise CompressorError(
+                f"{folder}: refused: its weights are pickled ({', '.join(pickles)}), and unpickling runs whatever code is in "
+                "them; load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
+            )
+        raise CompressorError(f"{folder}: holds no weights; should hold a .safetensors file{_of_variant(variant)}")
+    dtypes: dict[str, torch.dtype] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                dtypes |= {key: _DTYPES.get(tensors.get_slice(key).get_dtype(), torch.float32) for key in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CompressorError(f"{file}: truncated or damaged safetensors file: {error}") from None
+    return dtypes
+
+
+def _compute_dtype(asked: str, device: torch.device, stored: dict[str, torch.dtype]) -> torch.dtype:
+    if asked != "auto":
+        return getattr(torch, asked)
+    if device.type == "cpu":
+        return torch.float32
+    return Counter(stored.values()).most_common(1)[0][0]
+
+
+def _of_variant(variant: str | None) -> str:
+    return f" of variant '{variant}'" if variant else ""
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressorError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise CompressorError(f"{file}: not readable as JSON: {error}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,55 @@
+"""Solves the layers of one package: one factorisation for all layers that share an input."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressor.plugin import LayerResult
+from compressor_obs_diff.solver import factorise, relative_error, sweep
+
+if TYPE_CHECKING:
+    from compressor.calibration import Moments, Package
+    from compressor_obs_diff import OBSDiff
+
+
+@torch.no_grad()
+def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments]) -> Iterator[LayerResult]:
+    """Prunes every layer of a package in place, freeing each group's moments when its layers are done.
+
+    Args:
+        options: sparsity, granularity, damping and block.
+        package: the layers, grouped by the input they share.
+        moments: by group; emptied.
+    """
+    for group in package.groups:
+        start = time.perf_counter()
+        second_II = moments.pop(group.name).second_II
+        assert second_II is not None
+        factor = factorise(second_II, options.damping, group.targets[0].name)
+        notes = _explain(factor.damping, options.damping, factor.dtype)
+        for target in group.targets:
+            weight = target.module.weight
+            old_OI = weight.float()
+            new_OI, _ = sweep(old_OI, factor.upper_II, options.granularity, options.sparsity, options.block)
+            weight.copy_(new_OI)
+            now = time.perf_counter()
+            yield LayerResult(
+                name=target.name,
+                zeros=options.zeros(target),
+                error=relative_error(old_OI, weight.float(), second_II),
+                damping=factor.damping,
+                seconds=now - start,
+                notes=notes,
+            )
+            start = time.perf_counter()
+
+
+def _explain(used: float, asked: float, dtype: torch.dtype) -> tuple[str, ...]:
+    if used == asked and dtype == torch.float32:
+        return ()
+    precision = " in float64" if dtype == torch.float64 else ""
+    return (f"the Hessian could only be factorised with a damping of {used:g}{precision}, not {asked:g}",)

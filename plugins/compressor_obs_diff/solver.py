@@ -1,0 +1,125 @@
+"""The optimal-brain-surgeon sweep over the columns of one layer.
+
+Frantar and Alistarh, "SparseGPT" (ICML 2023); as used, with a timestep-weighted Hessian, by OBS-Diff (arXiv 2510.06751).
+"""
+
+# Shapes: O outputs, I inputs, B columns of a block, J columns masked together.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressorError
+from compressor.plugin import Granularity
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The inverse Hessian as a triangle.
+
+    Attributes:
+        upper_II: U, upper triangular, with U^T U = (H + damping * mean(diag H) * 1)^-1.
+        damping: the damping that was needed.
+        dtype: in which precision it was factorised.
+    """
+
+    upper_II: Tensor
+    damping: float
+    dtype: torch.dtype
+
+
+def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
+    """Factorises the inverse of a Hessian, raising the damping tenfold, and then the precision, until it succeeds.
+
+    With J the reversal of order, J H J = L L^T gives U = J L^-1 J: one factorisation and one triangular inverse,
+    where the usual way factorises, inverts and factorises again.
+
+    Args:
+        hessian_II: symmetric, positive semi-definite, float32. Not changed.
+        damping: added to the diagonal, relative to its mean.
+        name: the layer, for the error.
+
+    Raises:
+        CompressorError: if the Hessian is zero or not finite, or cannot be factorised with a damping of 10.
+    """
+    mean = hessian_II.diagonal().mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise CompressorError(
+            f"{name}: the mean of the squared inputs should be positive and finite, found {mean.item()}; nothing reached "
+            "this layer during calibration, or its activations overflow"
+        )
+    for dtype in (torch.float32, torch.float64):
+        reversed_II = hessian_II.flip(0, 1).to(dtype)
+        scale = damping
+        while scale <= 10:
+            damped_II = reversed_II.clone()
+            damped_II.diagonal().add_(scale * mean.to(dtype))
+            lower_II, info = torch.linalg.cholesky_ex(damped_II)
+            if info == 0:
+                eye = torch.eye(len(lower_II), dtype=dtype, device=lower_II.device)
+                inverse_II = torch.linalg.solve_triangular(lower_II, eye, upper=False)
+                if torch.isfinite(inverse_II).all():
+                    return Factor(inverse_II.flip(0, 1).float().contiguous(), scale, dtype)
+            scale *= 10
+    raise CompressorError(
+        f"{name}: its Hessian cannot be factorised, even in float64 with a damping of 10 times its mean diagonal; "
+        "calibrate with more prompts"
+    )
+
+
+def sweep(
+    weight_OI: Tensor, upper_II: Tensor, granularity: Granularity, sparsity: float | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Removes weights column by column, each time updating the columns to the right so as to keep the outputs.
+
+    A weight's cost is w^2 / U_jj^2. Removing it changes the rest of its row by -w / U_jj times row j of U.
+
+    Args:
+        weight_OI: float32. Not changed.
+        upper_II: U of `Factor`.
+        granularity: what is removed together.
+        sparsity: the share of weights to remove, where the granularity needs one.
+        block: columns updated at a time.
+
+    Returns:
+        The new weights and the mask of what was removed (True), both O x I. Exactly
+        `granularity.zeros(O, I, sparsity)` are removed.
+    """
+    outputs, inputs = weight_OI.shape
+    weight_OI = weight_OI.clone()
+    removed_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
+    diagonal_I = upper_II.diagonal()
+    step = min(granularity.columns(block), inputs)
+    block = max(block // step, 1) * step
+    for start in range(0, inputs, block):
+        stop = min(start + block, inputs)
+        error_OB = torch.empty_like(weight_OI[:, start:stop])
+        for j in range(start, stop):
+            if (j - start) % step == 0:
+                end = min(j + step, stop)
+                zeros = granularity.zeros(outputs, end, sparsity) - granularity.zeros(outputs, j, sparsity)
+                score_OJ = (weight_OI[:, j:end] / diagonal_I[j:end]).square()
+                removed_OI[:, j:end] = granularity.mask(score_OJ, zeros)
+            error_O = weight_OI[:, j].masked_fill(~removed_OI[:, j], 0) / diagonal_I[j]
+            weight_OI[:, j:stop].addr_(error_O, upper_II[j, j:stop], alpha=-1)
+            weight_OI[:, j].masked_fill_(removed_OI[:, j], 0)
+            error_OB[:, j - start] = error_O
+        weight_OI[:, stop:].addmm_(error_OB, upper_II[start:stop, stop:], alpha=-1)
+    return weight_OI, removed_OI
+
+
+def relative_error(old_OI: Tensor, new_OI: Tensor, second_II: Tensor) -> float:
+    """||W X - W' X||^2 / ||W X||^2 from the second moment of X.
+
+    Args:
+        old_OI: W, float32.
+        new_OI: W', float32.
+        second_II: sum of x x^T, float32, undamped.
+    """
+    difference_OI = new_OI - old_OI
+    lost = (difference_OI @ second_II * difference_OI).sum(dtype=torch.float64)
+    total = (old_OI @ second_II * old_OI).sum(dtype=torch.float64)
+    return (lost / total).item() if total > 0 else 0.0
