@@ -1,0 +1,106 @@
+"""What is trained together: both text encoders and the denoiser, fed exactly as `StableDiffusion3Pipeline` feeds them.
+
+Without a T5 encoder the pipeline puts zero rows (256 of them by default) behind the caption's tokens. Equal tokens stay
+equal through every block, and R equal keys weigh as much as one key whose logit is raised by log R. So training carries a
+single zero row and that raise, which costs a quarter of the time, and draws R at random, so that the number does not matter.
+"""
+
+# Shapes: B batch, C latent channels, H W latent sides, L caption tokens, D text features, P pooled features.
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+
+class Conditioned(nn.Module):
+    """Two text encoders and an SD3 transformer, as one module from token ids to predicted velocity."""
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModelWithProjection,
+        text_encoder_2: CLIPTextModelWithProjection,
+        denoiser: SD3Transformer2DModel,
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2, self.denoiser = text_encoder, text_encoder_2, denoiser
+        denoiser.set_attn_processor(_RaisedAttention())  # type: ignore[arg-type]
+
+    def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, log_rows: Tensor) -> Tensor:
+        """Predicts noise minus latent.
+
+        Args:
+            noisy: Scaled latents with noise, B x C x H x W.
+            timestep: B, in [0, 1000].
+            ids: Token ids of the captions, B x L.
+            log_rows: Logarithm of the number of zero rows behind the captions; a scalar tensor.
+
+        Returns:
+            B x C x H x W.
+        """
+        tokens, pooled = self.encode(ids)
+        return self.denoiser(
+            noisy, F.pad(tokens, (0, 0, 0, 1)), pooled, timestep,
+            joint_attention_kwargs={"log_rows": log_rows}, return_dict=False,
+        )[0]  # fmt: skip
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The caption features (B x L x D, without zero rows) and pooled features (B x P) of token ids (B x L)."""
+        outputs = [
+            encoder(ids, output_hidden_states=True)
+            for encoder in (self.text_encoder, self.text_encoder_2)
+        ]
+        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return tokens, torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+
+class _RaisedAttention:
+    """Joint attention in which the last caption token stands for as many equal ones as `log_rows` says.
+
+    The raise travels as one more feature of queries (1) and keys (log R for that token), which leaves the fast attention
+    kernels usable; a mask would not. Features come in eights for the same reason.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        log_rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        assert attention_mask is None
+
+        def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:
+            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # type: ignore[arg-type]
+            return x if norm is None else norm(x)
+
+        context = encoder_hidden_states
+        query = torch.cat([heads(attn.to_q(hidden_states), attn.norm_q),
+                           heads(attn.add_q_proj(context), attn.norm_added_q)], dim=2)  # fmt: skip
+        key = torch.cat([heads(attn.to_k(hidden_states), attn.norm_k),
+                         heads(attn.add_k_proj(context), attn.norm_added_k)], dim=2)  # fmt: skip
+        value = torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(context))], dim=2)
+
+        width, length = query.shape[-1], key.shape[-2]
+        scale = width**-0.5
+        ones = F.pad(query.new_ones(1), (0, 7)).expand(*query.shape[:-1], 8)
+        last = torch.arange(length, device=key.device) == length - 1
+        raised = F.pad((last * log_rows / scale).to(key.dtype)[:, None], (0, 7)).expand(*key.shape[:-1], 8)
+        mixed = F.scaled_dot_product_attention(
+            torch.cat([query, ones], dim=-1),
+            torch.cat([key, raised], dim=-1),
+            F.pad(value, (0, 8)),
+            scale=scale,
+        )[..., :width]
+        mixed = mixed.transpose(1, 2).flatten(2)
+        image, text = mixed[:, : hidden_states.shape[1]], mixed[:, hidden_states.shape[1] :]
+        text = text if attn.context_pre_only else attn.to_add_out(text)
+        return cast(nn.ModuleList, attn.to_out)[0](image), text
