@@ -1,0 +1,71 @@
+"""What was done to a model and what that cost and gained: `report.json` for programs, `report.html` for people.
+
+facts       everything there is to say about a run, as frozen dataclasses
+page        the HTML page; heat draws its maps, images its pictures, units its numbers
+measuring   takes metrics, which are plugins; pairs and shapes are the two that ship
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.plugin import Samples
+from compressor.report.facts import (
+    CalibrationFacts,
+    ExportFacts,
+    LayerRow,
+    ModelFacts,
+    Report,
+    Size,
+    Sizes,
+    read,
+)
+from compressor.report.measuring import measure
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "CalibrationFacts",
+    "ExportFacts",
+    "LayerRow",
+    "ModelFacts",
+    "Report",
+    "Size",
+    "Sizes",
+    "grid",
+    "measure",
+    "read",
+    "write",
+]
+
+
+def write(report: Report, samples: Samples | None, folder: Path) -> None:
+    """Writes `report.json` and `report.html`, replacing those that are there.
+
+    Args:
+        report: what to tell.
+        samples: the pairs of images to show, if any were drawn; the page shows the first 24.
+        folder: made if it is missing.
+
+    """
+    from compressor.report.page import render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(report.dump(), encoding="utf-8")
+    (folder / "report.html").write_text(render(report, samples), encoding="utf-8")
+
+
+def grid(samples: Samples, columns: int, *, captions: bool = True) -> Image:
+    """One picture of all pairs, for a README: each dense image above the pruned one, `columns` pairs in a row.
+
+    Args:
+        samples: one pair or more. Images smaller than 128 pixels are enlarged by a whole factor.
+        columns: pairs in a row, at least 1.
+        captions: write each caption below its pair (cut after three lines).
+
+    """
+    from compressor.report import images
+
+    return images.grid(samples, columns, captions=captions)

@@ -1,0 +1,229 @@
+"""What there is to say about a run, as plain data: the contents of `report.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from compressor.errors import CompressorError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Which network was pruned.
+
+    Attributes:
+        source: as in the recipe: `builtin:NAME`, a folder or a hub id.
+        pipeline: the diffusers class of the pipeline.
+        component: `transformer` or `unet`.
+        component_class: the diffusers class of the component.
+        family: the table that named its layers.
+        dtype: that it was computed in, such as `float32`.
+
+    """
+
+    source: str
+    pipeline: str
+    component: str
+    component_class: str
+    family: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What was done to one linear layer.
+
+    Attributes:
+        name: dotted name in the component.
+        block: dotted name of its block, a prefix of `name`.
+        part: `attention` or `feed_forward`.
+        role: `query`, `key`, `value`, `output`, `up` or `down`.
+        stream: the token stream that it belongs to.
+        pruner: the plugin's name.
+        parameters: number of weights, biases apart.
+        asked: how many weights were to become zero.
+        zeros: how many are, counted in the stored weight.
+        error: ||W X - W' X||^2 / ||W X||^2 over the calibration tokens, or None where none were gathered.
+        damping: what was added to the diagonal of the Hessian, relative to its mean; None without one.
+        seconds: time spent on this layer.
+        notes: what a user should know about this layer.
+
+    """
+
+    name: str
+    block: str
+    part: str
+    role: str
+    stream: str
+    pruner: str
+    parameters: int
+    asked: int
+    zeros: int
+    error: float | None = None
+    damping: float | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that are zero."""
+        return self.zeros / self.parameters
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the component is, at one moment.
+
+    Attributes:
+        parameters: all of them, biases and norms included.
+        nonzero: those that are not zero.
+        operations: multiply-adds of one forward, as a dense kernel does them.
+        nonzero_operations: the same, counting only the non-zero weights of linears.
+        bytes: of the component's files on disk.
+
+    """
+
+    parameters: int
+    nonzero: int
+    operations: int
+    nonzero_operations: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The component before and after pruning."""
+
+    before: Size
+    after: Size
+
+
+@dataclass(frozen=True)
+class CalibrationFacts:
+    """How the layers' inputs were gathered.
+
+    Attributes:
+        prompts: how many were sampled.
+        steps: inference steps a prompt.
+        guidance: classifier-free guidance scale.
+        batch: prompts at a time, after backing off for memory.
+        packages: into how many groups the layers were cut, each calibrated on the ones before it pruned.
+        forwards: forwards of the component, over all packages.
+        tokens: tokens that entered the moments, over all inputs.
+        nonfinite: by layer name, how many tokens were skipped because they were not finite; only where any were.
+
+    """
+
+    prompts: int
+    steps: int
+    guidance: float
+    batch: int
+    packages: int
+    forwards: int
+    tokens: int
+    nonfinite: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What one exporter wrote.
+
+    Attributes:
+        exporter: the plugin's name.
+        files: bytes by path, relative to the result's folder.
+        checks: what was verified, as the exporter put it.
+        seconds: time spent.
+
+    """
+
+    exporter: str
+    files: dict[str, int]
+    checks: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """All facts of one run, serialisable as JSON.
+
+    Attributes:
+        recipe: as `Recipe.dump` gives it.
+        versions: of Python, of this package and of those that it builds on.
+        device: in words.
+        model: what was pruned.
+        layers: in order of execution.
+        sizes: of the component.
+        times: seconds by phase, in the order in which they ran.
+        peak_memory: bytes by kind, such as `cpu_resident` and `gpu_allocated`.
+        calibration: None if no pruner asked for one.
+        metrics: figures by metric and name; `dense_X` and `pruned_X` are one figure of either pipeline, `X_se` is the
+            standard error of `X`.
+        exports: in order.
+        warnings: what the user should know, one sentence each.
+
+    """
+
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    model: ModelFacts
+    layers: tuple[LayerRow, ...]
+    sizes: Sizes
+    times: dict[str, float]
+    peak_memory: dict[str, int]
+    calibration: CalibrationFacts | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    exports: tuple[ExportFacts, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def dump(self) -> str:
+        """The report as JSON, in the order of the fields above; a layer's `sparsity` is written beside its counts.
+
+        A float that is not finite is written as a string (`"nan"`, `"inf"`), since JSON has no such numbers.
+        """
+        data = asdict(self)
+        for row, layer in zip(data["layers"], self.layers, strict=True):
+            row["sparsity"] = layer.sparsity
+        return json.dumps(_finite(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def share(part: float, whole: float) -> float:
+    """`part / whole`, and 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def sparsity(rows: Iterable[LayerRow]) -> tuple[float, float]:
+    """The share of these layers' weights that were to become zero, and that are."""
+    rows = tuple(rows)
+    weights = sum(row.parameters for row in rows)
+    return share(sum(row.asked for row in rows), weights), share(sum(row.zeros for row in rows), weights)
+
+
+def read(path: Path) -> Report:
+    """Reads a `report.json`.
+
+    Raises:
+        CompressorError: if the file is not a report.
+
+    """
+    try:
+        return TypeAdapter(Report).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise CompressorError(f"{path}: should be a report of `compressor run`, but {where}: {first['msg']}") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
