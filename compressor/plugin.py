@@ -116,6 +116,19 @@ class Granularity(Options, ABC):
         """
 
 
+def check_sparsity(granularity: Granularity, sparsity: float | None) -> None:
+    """For a pruner's validator: a sparsity is given exactly where the granularity needs one.
+
+    Raises:
+        ValueError: which pydantic turns into an error of the recipe.
+    """
+    name = type(granularity).__name__
+    if granularity.needs_sparsity and sparsity is None:
+        raise ValueError(f"sparsity is missing: granularity {name} needs the share of weights to remove, as 0.5")
+    if not granularity.needs_sparsity and sparsity is not None:
+        raise ValueError(f"sparsity has no effect: granularity {name} fixes it; remove sparsity or the granularity")
+
+
 class Weighting(Options, ABC):
     """How much each inference step counts in the moments. Registered in `compressor.weightings`."""
 

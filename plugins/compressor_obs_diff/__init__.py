@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from compressor.plugin import Granularity, LayerResult, MomentKind, Pruner, Weighting
+from compressor.plugin import Granularity, LayerResult, MomentKind, Pruner, Weighting, check_sparsity
 from compressor.registry import Choice
-from compressor_obs_diff.granularities import Unstructured
-from compressor_obs_diff.weightings import LogDecrease
 
 if TYPE_CHECKING:
     from compressor.calibration import Calibration
@@ -23,8 +21,8 @@ class OBSDiff(Pruner):
     moments: ClassVar[MomentKind] = "second"
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="the share of each layer's weights to remove")
-    granularity: Annotated[Granularity, Choice("granularity")] = Unstructured()
-    weighting: Annotated[Weighting, Choice("weighting")] = LogDecrease()
+    granularity: Annotated[Granularity, Choice("granularity")] = Field("unstructured", validate_default=True)
+    weighting: Annotated[Weighting, Choice("weighting")] = Field("log_decrease", validate_default=True)
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean")
     block: int = Field(128, ge=1, description="columns updated at a time")
 

@@ -1,0 +1,245 @@
+"""Samples the pipeline on prompts and gathers the moments that pruners ask for."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import sampling
+from compressor.calibration.moments import Moments
+from compressor.calibration.packages import Group, Package, cut
+from compressor.errors import CompressorError
+from compressor.pipeline import Pipeline
+from compressor.plugin import MomentKind, Weighting
+from compressor.progress import Progress
+from compressor.recipe import Calibration as Options
+from compressor.structure import Target, Trace
+
+__all__ = ["Calibration", "Facts", "Group", "Moments", "Package", "StepCounter"]
+
+PACKAGES = 4
+"""Into how many packages the layers are cut where the recipe says nothing, as in the paper."""
+
+
+@dataclass
+class Facts:
+    """What a calibration did, for the report.
+
+    Attributes:
+        forwards: calls of the network.
+        tokens: tokens summed, over all groups.
+        skipped: layers whose input had tokens that were not finite, and how many.
+        batch: prompts at a time, after any halving.
+        packages: passes made.
+        seconds: time spent sampling.
+        moment_bytes: the most that the moments of one pass took.
+        warnings: what a user should know.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    batch: int = 0
+    packages: int = 0
+    seconds: float = 0.0
+    moment_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+class StepCounter:
+    """Tells the inference step from the network's own `timestep` input.
+
+    A scheduler may call the network several times at one timestep (Heun, PNDM), so steps are told apart by their
+    timestep, in the order in which these first appear.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[float, int] = {}
+
+    def restart(self) -> None:
+        """Forgets the timesteps: a new sampling begins."""
+        self._seen.clear()
+
+    def step(self, timestep: Tensor | float) -> int:
+        """The step, from 0, of a network call with this timestep (a number, or one for each sample)."""
+        value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
+        return self._seen.setdefault(value, len(self._seen))
+
+
+class Calibration:
+    """The pipeline, its prompts and their noise, ready to be sampled once for each package.
+
+    Attributes:
+        facts: what was done so far.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        trace: Trace,
+        options: Options,
+        prompts: Sequence[str],
+        seed: int,
+        progress: Progress,
+    ):
+        self.facts = Facts(batch=options.batch)
+        self._pipeline = pipeline
+        self._trace = trace
+        self._options = options
+        self._progress = progress
+        self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
+        self._encoded = sampling.encode(pipeline, prompts, options.guidance, seed, "calibration")
+
+    def packages(self, targets: Iterable[Target], kind: MomentKind) -> tuple[Package, ...]:
+        """Cuts layers into packages as the recipe says, and warns of those that will see too few tokens.
+
+        Args:
+            targets: in order of execution.
+            kind: which moments will be collected.
+
+        Raises:
+            CompressorError: if they cannot be cut so.
+        """
+        targets = tuple(targets)
+        number, memory = self._options.packages, self._options.memory
+        packages = cut(targets, self._trace, kind, number or (None if memory else PACKAGES), memory)
+        if kind == "second":
+            note = explain_rank(targets, self._trace, len(self._encoded), self._options)
+            if note:
+                self.facts.warnings.append(note)
+        return packages
+
+    @torch.no_grad()
+    def collect(self, package: Package, kind: MomentKind, weighting: Weighting) -> dict[str, Moments]:
+        """Samples every prompt once, on the network as it is now, and sums the inputs of the package's layers.
+
+        Args:
+            package: the layers.
+            kind: `norms`, or `second` for the full second moment as well.
+            weighting: how much each step counts.
+
+        Returns:
+            Moments by the name of the group.
+
+        Raises:
+            CompressorError: if a layer was fed nothing finite, or memory runs out even for one prompt.
+        """
+        start = time.perf_counter()
+        while True:
+            try:
+                moments = self._sample(package, kind, weighting)
+                break
+            except RuntimeError as error:
+                if not sampling.out_of_memory(error):
+                    raise
+                self._halve_batch(package, error)
+        self.facts.packages += 1
+        self.facts.seconds += time.perf_counter() - start
+        self.facts.moment_bytes = max(self.facts.moment_bytes, package.moment_bytes)
+        for group in package.groups:
+            self._account(group, moments[group.name])
+        return moments
+
+    def _sample(self, package: Package, kind: MomentKind, weighting: Weighting) -> dict[str, Moments]:
+        device = self._pipeline.device
+        moments = {g.name: Moments.empty(g.inputs, kind == "second", device) for g in package.groups}
+        batch = self.facts.batch
+        counter = StepCounter()
+        title = f"calibrating, package {package.number} of {package.count}"
+        with (
+            self._hooks(package, moments, counter, weighting),
+            self._progress.task(title, total=len(self._encoded)) as advance,
+        ):
+            for start in range(0, len(self._encoded), batch):
+                prompts = self._encoded[start : start + batch]
+                counter.restart()
+                sampling.sample(self._pipeline, prompts, self._settings, "latent")
+                advance(len(prompts))
+        return {name: m.finish() for name, m in moments.items()}
+
+    @contextmanager
+    def _hooks(
+        self, package: Package, moments: dict[str, Moments], counter: StepCounter, weighting: Weighting
+    ) -> Iterator[None]:
+        """While it lasts, every forward of the network adds to the moments."""
+        network = self._pipeline.module
+        signature = inspect.signature(network.forward)
+        weights: tuple[float, ...] = ()
+        weight = 0.0
+
+        def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal weight, weights
+            if not weights:
+                schedule = self._pipeline.pipe.scheduler.timesteps
+                weights = weighting.weights(len(schedule.unique()))
+            step = counter.step(signature.bind_partial(*args, **kwargs).arguments["timestep"])
+            assert step < len(weights), f"timestep {step + 1} of a schedule of {len(weights)}"
+            weight = weights[step]
+            self.facts.forwards += 1
+
+        def before_layer(group: Group):
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                moments[group.name].add(args[0], weight)
+
+            return hook
+
+        handles = [network.register_forward_pre_hook(before_network, with_kwargs=True)]
+        handles += [g.targets[0].module.register_forward_pre_hook(before_layer(g)) for g in package.groups]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _halve_batch(self, package: Package, error: RuntimeError) -> None:
+        if self.facts.batch == 1:
+            raise CompressorError(
+                f"out of memory with a single prompt and {package.moment_bytes:,} bytes of moments: give calibration.memory "
+                "less than is free (or more packages), a smaller height and width, or float16 as model.dtype"
+            ) from error
+        self.facts.batch //= 2
+        self.facts.warnings.append(f"memory ran out: calibration goes on with a batch of {self.facts.batch}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _account(self, group: Group, moments: Moments) -> None:
+        tokens, skipped = int(moments.tokens), int(moments.skipped)
+        if tokens == 0:
+            raise CompressorError(
+                f"{group.name}: none of the {skipped} tokens that reached it was finite; compute in float32 or bfloat16 "
+                "(model.dtype)"
+            )
+        self.facts.tokens += tokens
+        if skipped:
+            self.facts.skipped[group.name] = skipped
+            self.facts.warnings.append(
+                f"{group.name}: {skipped} of {tokens + skipped} tokens were not finite and were left out of its moments"
+            )
+
+
+def explain_rank(targets: Sequence[Target], trace: Trace, prompts: int, options: Options) -> str | None:
+    """A warning if some layers see fewer distinct tokens than they have inputs, or None.
+
+    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step.
+    """
+    guided = 2 if options.guidance > 1 else 1
+    short: list[tuple[float, Target, int]] = []
+    for target in targets:
+        constant = target.name in trace.constant
+        tokens = trace.tokens[target.name] * (prompts + guided - 1 if constant else prompts * guided * options.steps)
+        if tokens < target.inputs:
+            short.append((target.inputs / tokens, target, tokens))
+    if not short:
+        return None
+    factor, worst, tokens = max(short, key=lambda item: item[0])
+    return (
+        f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping decides: "
+        f"{worst.name} sees {tokens} for {worst.inputs} inputs; about {int(prompts * factor) + 1} prompts would do"
+    )

@@ -1,0 +1,73 @@
+"""Accumulates moments of what layers are fed, one set for all layers that share an input."""
+
+# Shapes: T tokens, I inputs.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Raw, timestep-weighted sums over the tokens x of one input.
+
+    Attributes:
+        squares_I: sum of a_t x^2, float32.
+        total_I: sum of a_t x, float32.
+        second_II: sum of a_t x x^T, float32, or None if only norms were asked for.
+        tokens: how many tokens were summed, unweighted; an integer tensor, so that no GPU is waited for.
+        skipped: how many had an infinite or undefined entry and were left out; likewise.
+    """
+
+    squares_I: Tensor
+    total_I: Tensor
+    second_II: Tensor | None
+    tokens: Tensor
+    skipped: Tensor
+
+    @classmethod
+    def empty(cls, inputs: int, second: bool, device: torch.device) -> Moments:
+        """Sums of nothing for an input of that width."""
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(
+            squares_I=torch.zeros(inputs, device=device),
+            total_I=torch.zeros(inputs, device=device),
+            second_II=torch.zeros(inputs, inputs, device=device) if second else None,
+            tokens=zero,
+            skipped=zero.clone(),
+        )
+
+    def add(self, x: Tensor, weight: float) -> None:
+        """Adds the tokens of one forward.
+
+        The weight enters through the products' factor and never through x, which a half-precision dtype would round.
+
+        Args:
+            x: ... x I, in any floating-point dtype; not changed.
+            weight: a_t of the step.
+        """
+        x_TI = x.reshape(-1, x.shape[-1])
+        good_T = torch.isfinite(x_TI).all(dim=1)
+        x_TI = torch.where(good_T[:, None], x_TI, 0)
+        self.tokens = self.tokens + good_T.sum()
+        self.skipped = self.skipped + (~good_T).sum()
+        self.total_I.add_(x_TI.sum(0, dtype=torch.float32), alpha=weight)
+        if self.second_II is None:
+            self.squares_I.add_(x_TI.float().square().sum(0), alpha=weight)
+            return
+        if x_TI.is_cuda and x_TI.dtype in (torch.float16, torch.bfloat16):
+            self.second_II = torch.addmm(
+                self.second_II, x_TI.T, x_TI, alpha=weight, out_dtype=torch.float32
+            )  # half-precision products on tensor cores, summed in float32
+        else:
+            x_TI = x_TI.float()
+            self.second_II.addmm_(x_TI.T, x_TI, alpha=weight)
+
+    def finish(self) -> Moments:
+        """Takes the sum of squares from the second moment's diagonal, where there is one."""
+        if self.second_II is not None:
+            self.squares_I = self.second_II.diagonal().clone()
+        return self

@@ -1,0 +1,142 @@
+"""Runs a diffusers pipeline on prompts that were encoded once, each with noise of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compressor.pipeline import Pipeline
+
+_ENCODED = {  # pipeline class -> the results of encode_prompt, by the argument that takes each one back
+    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "StableDiffusionXLPipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "StableDiffusion3Pipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+}
+_ENCODE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the network is given it.
+
+    Attributes:
+        prompt: the text.
+        seed: of its noise.
+        tensors: arguments of the pipeline's call, each with a batch of one, on the CPU.
+    """
+
+    prompt: str
+    seed: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: inference steps, classifier-free guidance scale, and the size in pixels (None: the default)."""
+
+    steps: int
+    guidance: float
+    height: int | None = None
+    width: int | None = None
+
+
+@torch.no_grad()
+def encode(pipeline: Pipeline, prompts: Sequence[str], guidance: float, seed: int, use: str) -> list[Encoded]:
+    """Encodes prompts with the pipeline's own text encoders, once.
+
+    Args:
+        pipeline: any; one of an unknown class encodes its prompts again at every call.
+        prompts: N texts.
+        guidance: above 1, the empty prompt is encoded as well.
+        seed: the recipe's; prompt number i has noise of its own, decided by seed, use and i.
+        use: keeps the noises of calibration and of pictures apart.
+    """
+    names = _ENCODED.get(pipeline.folder.pipeline_class)
+    seeds = [noise_seed(seed, use, i) for i in range(len(prompts))]
+    if names is None:
+        return [Encoded(prompt, s, {}) for prompt, s in zip(prompts, seeds, strict=True)]
+    encoded: list[Encoded] = []
+    for start in range(0, len(prompts), _ENCODE_BATCH):
+        texts = list(prompts[start : start + _ENCODE_BATCH])
+        results = pipeline.pipe.encode_prompt(**_arguments(pipeline, texts, guidance))
+        for i, text in enumerate(texts):
+            tensors = {n: r[i : i + 1].cpu() for n, r in zip(names, results, strict=False) if r is not None}
+            encoded.append(Encoded(text, seeds[start + i], tensors))
+    return encoded
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Pipeline, batch: Sequence[Encoded], settings: Settings, output: Literal["latent", "pt"]
+) -> tuple[Tensor, Tensor]:
+    """Samples a batch of prompts.
+
+    Args:
+        pipeline: on its device.
+        batch: B prompts.
+        settings: steps, guidance and size.
+        output: `latent` decodes nothing; `pt` gives images.
+
+    Returns:
+        The result, B x ..., images in [0, 1], and the final latents, B x ..., both float32 on the CPU.
+    """
+    final: dict[str, Tensor] = {}
+
+    def keep(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        final["latents"] = tensors["latents"]
+        return {}
+
+    arguments: dict[str, Any] = {
+        name: torch.cat([encoded.tensors[name] for encoded in batch]).to(pipeline.device) for name in batch[0].tensors
+    }
+    if not arguments:
+        arguments["prompt"] = [encoded.prompt for encoded in batch]
+    result = pipeline.pipe(
+        **arguments,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        height=settings.height,
+        width=settings.width,
+        generator=[torch.Generator().manual_seed(encoded.seed) for encoded in batch],
+        output_type=output,
+        callback_on_step_end=keep,
+        return_dict=False,
+    )[0]
+    return result.float().cpu(), final["latents"].float().cpu()
+
+
+def noise_seed(seed: int, use: str, index: int) -> int:
+    """The seed of one prompt's noise."""
+    return (seed * 2 + (use == "calibration")) * 2**32 + index
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _arguments(pipeline: Pipeline, texts: list[str], guidance: float) -> dict[str, Any]:
+    name = pipeline.folder.pipeline_class
+    arguments: dict[str, Any] = {"prompt": texts, "device": pipeline.device, "num_images_per_prompt": 1}
+    if name == "StableDiffusionXLPipeline":
+        arguments["prompt_2"] = None
+    elif name == "StableDiffusion3Pipeline":
+        arguments |= {"prompt_2": None, "prompt_3": None}
+    elif name == "FluxPipeline":
+        return arguments | {"prompt_2": None}
+    return arguments | {"do_classifier_free_guidance": guidance > 1}

@@ -1,0 +1,230 @@
+"""Saves a pruned pipeline as a diffusers folder that proves what it is, and loads it back. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from compressor import pipeline as pipelines
+from compressor.errors import CompressorError
+from compressor.pipeline import Pipeline
+from compressor.recipe import Model
+
+RECORD = "compression.json"
+FORMAT = 1
+
+
+def claim(output: Path, source: Path | None, overwrite: bool) -> None:
+    """Makes sure, before any work is done, that the result may be written to this folder.
+
+    A folder that holds an earlier result is replaced; any other that is not empty is left alone unless told otherwise.
+
+    Args:
+        output: the folder to write.
+        source: the folder of the model that is read, if known.
+        overwrite: replace a folder that is not an earlier result.
+
+    Raises:
+        CompressorError: if it may not be, or cannot be, written.
+    """
+    target = output.resolve()
+    for kept, name in ((source, "the model that is read"), (Path.cwd(), "the current folder"), (Path.home(), "the home folder")):
+        if kept is not None and (target == kept.resolve() or target in kept.resolve().parents):
+            raise CompressorError(f"output: {output} holds {name} and would be replaced; choose another folder")
+    if output.exists() and not output.is_dir():
+        raise CompressorError(f"output: {output} is a file; should be a folder to write")
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file() and not overwrite:
+        raise CompressorError(
+            f"output: {output} exists and is no earlier result (it has no {RECORD}); choose another folder, or give "
+            "--overwrite to replace it and all that it holds"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent):
+            pass
+    except OSError as error:
+        raise CompressorError(f"output: {output.parent} cannot be written: {error.strerror}") from None
+
+
+@torch.no_grad()
+def round_to_stored(pipeline: Pipeline) -> None:
+    """Rounds the network's weights to the dtype that they will be saved in, so that what is measured is what is saved."""
+    for name, tensor in pipeline.module.state_dict().items():
+        tensor.copy_(tensor.to(_stored_dtype(pipeline, pipeline.component_name, name)))
+
+
+def save(pipeline: Pipeline, output: Path, record: dict[str, Any]) -> None:
+    """Writes the whole pipeline beside `output`, proves that it reloads, and only then puts it in its place.
+
+    Args:
+        pipeline: every component goes back to the dtype of its source (or the computing dtype, if that is smaller).
+        output: replaced as a whole; left as it was if anything fails.
+        record: plain data for `compression.json`; the hash of every file is added.
+
+    Raises:
+        CompressorError: if the disk is full or not writable, or the saved network does not compute the same bits.
+    """
+    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        try:
+            _write(pipeline, beside)
+            hashes = {str(f.relative_to(beside)): sha256(f) for f in sorted(beside.rglob("*")) if f.is_file()}
+            text = json.dumps({"format": FORMAT, **record, "files": hashes}, indent=2, ensure_ascii=False)
+            (beside / RECORD).write_text(text + "\n", encoding="utf-8")
+        except Exception as error:
+            if not _is_io(error):
+                raise
+            kept = f"; the earlier result in {output} is intact" if output.exists() else ""
+            raise CompressorError(f"the result cannot be written beside {output}: {error}{kept}") from error
+        _prove(pipeline, beside)
+        beside.chmod(0o755)
+        _swap(beside, output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Pipeline:
+    """Loads a result of this toolkit, after checking every file against its recorded hash.
+
+    Args:
+        folder: as written by `save`.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: `auto` (float32 on a CPU, as stored elsewhere), `float32`, `float16` or `bfloat16`.
+
+    Raises:
+        CompressorError: if it is no such folder, or a file is missing, damaged or changed.
+    """
+    verify(Path(folder))
+    return pipelines.load(Model.model_validate({"source": str(folder), "dtype": dtype}), device)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Checks a result's files against their hashes and returns its record.
+
+    Raises:
+        CompressorError: naming the first file that is missing or differs.
+    """
+    file = folder / RECORD
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        files, version = record["files"].items(), record["format"]
+    except FileNotFoundError:
+        raise CompressorError(f"{folder}: should be a result of `compressor run`, found no {RECORD}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CompressorError(f"{file}: damaged: {error}") from None
+    if version != FORMAT:
+        raise CompressorError(f"{file}: should be of format {FORMAT}, found {version}; update the package")
+    root = folder.resolve()
+    for name, expected in files:
+        path = (root / name).resolve()
+        if root not in path.parents:
+            raise CompressorError(f"{file}: names a file outside its folder: {name}")
+        if not path.is_file():
+            raise CompressorError(f"{folder / name}: missing; {RECORD} lists it")
+        found = sha256(path)
+        if found != expected:
+            raise CompressorError(f"{folder / name}: damaged or changed: should have sha256 {expected}, found {found}")
+    return record
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's contents, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _stored_dtype(pipeline: Pipeline, component: str, tensor: str) -> torch.dtype:
+    stored = pipeline.stored[component]
+    dtype = stored.get(tensor) or max(set(stored.values()), key=list(stored.values()).count)
+    return dtype if dtype.itemsize <= pipeline.dtype.itemsize else pipeline.dtype
+
+
+def _write(pipeline: Pipeline, folder: Path) -> None:
+    undo = [_cast_to_stored(pipeline, name) for name in pipeline.stored]
+    try:
+        pipeline.pipe.save_pretrained(folder, safe_serialization=True)
+    finally:
+        for back in undo:
+            back()
+    for file in folder.rglob("*config.json"):
+        _forget_origin(file)
+    _forget_origin(folder / "model_index.json")
+
+
+def _cast_to_stored(pipeline: Pipeline, name: str) -> Callable[[], None]:
+    """Casts a component's tensors one by one; returns what casts them back."""
+    module: nn.Module = getattr(pipeline.pipe, name)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    before = {key: tensor.dtype for key, tensor in tensors.items() if tensor.is_floating_point()}
+    for key in before:
+        tensors[key].data = tensors[key].data.to(_stored_dtype(pipeline, name, key))
+
+    def back() -> None:
+        for key, dtype in before.items():
+            tensors[key].data = tensors[key].data.to(dtype)
+
+    return back
+
+
+def _forget_origin(file: Path) -> None:
+    """Removes the path that diffusers and transformers note of where a component came from."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if "_name_or_path" in config:
+        del config["_name_or_path"]
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _prove(pipeline: Pipeline, folder: Path) -> None:
+    """Reloads the saved network and compares one forward bit by bit."""
+    cls = getattr(diffusers, pipeline.family.component_class)
+    saved = cls.from_pretrained(folder / pipeline.component_name, use_safetensors=True, torch_dtype=pipeline.dtype)
+    saved = saved.to(pipeline.device).eval()
+    side = min(pipeline.folder.default_size // pipeline.folder.vae_factor, 32)
+    devices = [pipeline.device] if pipeline.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        inputs = pipeline.family.inputs(
+            pipeline.module, batch=1, height=side, width=side, sequence=pipeline.folder.text_tokens
+        )
+    expected = pipeline.module(**inputs, return_dict=False)[0]
+    found = saved(**inputs, return_dict=False)[0]
+    if not torch.equal(expected, found):
+        difference = (expected.float() - found.float()).abs().max().item()
+        raise CompressorError(
+            f"the saved {pipeline.component_name} does not reload as it was: one forward differs by up to {difference:g}; "
+            "nothing was kept"
+        )
+    if not torch.isfinite(expected).all():
+        raise CompressorError(
+            f"the pruned {pipeline.component_name} gives values that are not finite; compute in float32 or bfloat16 "
+            "(model.dtype), or prune less; nothing was kept"
+        )
+
+
+def _swap(new: Path, output: Path) -> None:
+    old = None
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+        output.rename(old / output.name)
+    try:
+        new.rename(output)
+    except OSError:
+        if old is not None:
+            (old / output.name).rename(output)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_io(error: Exception) -> bool:
+    return isinstance(error, OSError) or "I/O error" in str(error) or "No space left" in str(error)

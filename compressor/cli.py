@@ -1,0 +1,199 @@
+"""The command line. What needs torch is imported inside the commands that need it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from compressor import prompts, recipe, registry
+from compressor.errors import CompressorError
+
+RECIPE = click.argument("recipe_file", metavar="RECIPE")
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe, as prune.0.obs_diff.sparsity=0.6."
+)
+
+
+class Commands(click.Group):
+    """Prints what a user can mend without a traceback, and ends calmly on Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs a command; a CompressorError becomes one message and exit code 1, Ctrl-C exit code 130."""
+        try:
+            return super().invoke(ctx)
+        except CompressorError as error:
+            click.echo(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="diffusion-compressor")
+def main() -> None:
+    """Makes text-to-image diffusion models smaller and faster in one shot, as a recipe says."""
+
+
+@main.command()
+@RECIPE
+@SET
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that is not an earlier result.")
+def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
+    """Prune, prove, save and export what RECIPE says.
+
+    RECIPE is a YAML file, or the name of one that came with the package (see `compressor recipes`).
+    """
+    loaded = recipe.load(recipe_file, overrides)
+    from compressor import quiet
+    from compressor.progress import Progress
+    from compressor.run import run as run_recipe
+
+    quiet.silence_libraries()
+    progress = Progress()
+    output = Path(loaded.output)
+    before = _stamp(output)
+    try:
+        run_recipe(loaded, progress, overwrite=overwrite)
+    except KeyboardInterrupt:
+        if _stamp(output) != before:
+            kept = f"the pruned pipeline in {output} is complete; what was to follow is not"
+        elif before is not None:
+            kept = f"nothing new was kept; the earlier contents of {output} are as they were"
+        else:
+            kept = "nothing was kept"
+        click.echo(f"\ninterrupted: {kept}", err=True)
+        sys.exit(130)
+    click.echo(f"result: {output}")
+    click.echo(f"report: {output / 'report.html'}")
+
+
+@main.command()
+@RECIPE
+@SET
+def check(recipe_file: str, overrides: tuple[str, ...]) -> None:
+    """Read RECIPE and report every mistake in it; loads no model."""
+    loaded = recipe.load(recipe_file, overrides)
+    for given, use in ((loaded.calibration and loaded.calibration.prompts, "calibration"), (loaded.report.prompts, "evaluation")):
+        if given is not None:
+            prompts.read(given, use)  # pyright: ignore[reportArgumentType]
+    click.echo(f"{recipe_file}: ok")
+
+
+@main.command()
+@RECIPE
+@SET
+@click.option("--layers", is_flag=True, help="List every layer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(recipe_file: str, overrides: tuple[str, ...], layers: bool, as_json: bool) -> None:
+    """Show what RECIPE would do, without weights and within seconds."""
+    loaded = recipe.load(recipe_file, overrides)
+    from compressor import plan_table, quiet
+    from compressor.plan import plan as make
+
+    quiet.silence_libraries()
+    made = make(loaded)
+    click.echo(plan_table.as_json(made) if as_json else plan_table.as_text(made, layers=layers), nl=False)
+
+
+@main.command()
+def plugins() -> None:
+    """List the installed plugins of every kind."""
+    for kind in registry.KINDS:
+        click.echo(f"{kind}")
+        for name, entry in registry.find(kind).items():
+            origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "?"
+            click.echo(f"  {name:<16} {entry.value}  ({origin})")
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes that came with the package, or print the one called NAME."""
+    shipped = recipe.shipped()
+    if name is None:
+        for found, path in shipped.items():
+            first = path.read_text(encoding="utf-8").splitlines()[0]
+            click.echo(f"{found:<24} {first.removeprefix('#').strip()}")
+        return
+    if name not in shipped:
+        from compressor.options import suggest
+
+        clause = suggest(name, list(shipped)) or f"; known: {', '.join(shipped)}"
+        raise CompressorError(f"no recipe named '{name}'{clause}")
+    click.echo(shipped[name].read_text(encoding="utf-8"), nl=False)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", "texts", multiple=True, help="What to draw; may be given several times.")
+@click.option("--prompts", "file", help="A text file, one prompt a line.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("images"), show_default=True, help="Folder to write.")
+@click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Inference steps.")
+@click.option("--guidance", default=7.0, show_default=True, help="Classifier-free guidance scale.")
+@click.option("--height", type=click.IntRange(8), help="Pixels; the pipeline's default if not given.")
+@click.option("--width", type=click.IntRange(8), help="Pixels; the pipeline's default if not given.")
+@click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the noise.")
+@click.option("--device", default="auto", show_default=True)
+def generate(
+    folder: Path,
+    texts: tuple[str, ...],
+    file: str | None,
+    out: Path,
+    steps: int,
+    guidance: float,
+    height: int | None,
+    width: int | None,
+    batch: int,
+    seed: int,
+    device: str,
+) -> None:
+    """Draw images with the result of a run in FOLDER."""
+    if not texts and file is None:
+        raise click.UsageError("give --prompt or --prompts")
+    chosen = list(texts) + (list(prompts.read(recipe.Prompts(file=file), "evaluation")) if file else [])
+    from compressor import checkpoint, pictures, quiet
+    from compressor.calibration.sampling import Settings, encode
+    from compressor.progress import Progress
+    from compressor.report.images import to_image
+
+    quiet.silence_libraries()
+    pipeline = checkpoint.load(folder, device)
+    encoded = encode(pipeline, chosen, guidance, seed, "pictures")
+    images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, Progress(), "drawing")
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        path = out / f"{i:04d}.png"
+        to_image(image).save(path)
+        click.echo(f"{path}  {chosen[i]}")
+
+
+@main.command()
+def doctor() -> None:
+    """Show versions, devices, optional backends and plugins."""
+    from compressor.doctor import examine
+
+    for heading, rows in examine().items():
+        click.echo(heading)
+        for left, right in rows:
+            click.echo(f"  {left:<22} {right}")
+
+
+@main.command()
+def schema() -> None:
+    """Print a JSON Schema of recipes with the plugins installed here; editors complete from it."""
+    click.echo(json.dumps(recipe.schema(), indent=2))
+
+
+def _stamp(output: Path) -> int | None:
+    """Changes when the folder is replaced."""
+    record = output / "compression.json"
+    try:
+        return record.stat().st_ino
+    except FileNotFoundError:
+        return None
+

@@ -1,0 +1,26 @@
+"""What is installed here and what it can do."""
+
+from __future__ import annotations
+
+import torch
+
+from compressor import measure
+from compressor.errors import CompressorError
+from compressor.registry import KINDS, find, load
+
+
+def examine() -> dict[str, list[tuple[str, str]]]:
+    """Versions, devices, optional backends and plugins: rows of two words under each heading."""
+    devices = [("cpu", measure.device_name(torch.device("cpu")))]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        devices.append((f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"))
+    backends = []
+    for name in find("exporter"):
+        try:
+            backends.append((name, load("exporter", name)().available() or "ready"))
+        except CompressorError as error:
+            backends.append((name, str(error)))
+    plugins = [(kind, ", ".join(find(kind)) or "none") for kind in KINDS]
+    return {"versions": list(measure.versions().items()), "devices": devices, "exporters": backends, "plugins": plugins}

@@ -1,0 +1,106 @@
+"""Counts a network's parameters and operations, and what a run takes of time and memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compressor.report import Size
+from compressor.structure import Trace
+
+PACKAGES = (
+    "diffusion-compressor",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "torchmetrics",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+)
+
+
+class Stopwatch:
+    """Seconds by phase, in the order in which the phases ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time that the block takes to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def move(self, source: str, name: str, seconds: float) -> None:
+        """Counts part of a phase as another."""
+        self.seconds[source] -= seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+@torch.no_grad()
+def size(module: nn.Module, trace: Trace, folder: Path) -> Size:
+    """Counts parameters, non-zeros, operations and bytes.
+
+    Args:
+        module: the network.
+        trace: one forward of one sample.
+        folder: of the network's weight files.
+    """
+    layers = dict(module.named_modules())
+    parameters = list(module.parameters())
+    saved = 0
+    for name, macs in trace.macs_of.items():
+        weight = layers[name].weight
+        assert isinstance(weight, torch.Tensor)
+        saved += round(macs * int((weight == 0).sum()) / weight.numel())
+    return Size(
+        parameters=sum(p.numel() for p in parameters),
+        nonzero=sum(int(p.count_nonzero()) for p in parameters),
+        operations=trace.macs,
+        nonzero_operations=trace.macs - saved,
+        bytes=sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the result depends on; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory that this process has had, in bytes: resident, and allocated on the GPU where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"cpu_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["gpu_allocated"] = torch.cuda.max_memory_allocated()
+    return peak

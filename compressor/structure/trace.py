@@ -1,0 +1,71 @@
+"""One forward of the meta-device twin: which linears share an input, in what order they run, what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compressor.structure.family import Family, Target, find_targets
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward of one sample shows.
+
+    Attributes:
+        shared: for every target, the name of the first target that reads the very same input tensor.
+        tokens: rows of every target's input.
+        constant: targets whose input is an argument of the forward itself, and so is the same at every timestep.
+        macs: multiply-adds of the whole forward.
+        macs_of: multiply-adds of every target.
+    """
+
+    shared: dict[str, str]
+    tokens: dict[str, int]
+    constant: frozenset[str]
+    macs: int
+    macs_of: dict[str, int]
+
+
+@torch.no_grad()
+def trace(twin: nn.Module, family: Family, *, height: int, width: int, sequence: int) -> Trace:
+    """Runs the twin once on one sample.
+
+    Args:
+        twin: the network on the meta device.
+        family: its table.
+        height: latent rows.
+        width: latent columns.
+        sequence: text tokens.
+    """
+    targets = find_targets(twin, family)
+    arguments = family.inputs(twin, batch=1, height=height, width=width, sequence=sequence)
+    given = {id(value) for value in arguments.values()}
+    seen: dict[str, Tensor] = {}  # holding the tensors keeps their ids apart
+
+    def remember(target: Target):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[target.name] = args[0]
+
+        return hook
+
+    handles = [target.module.register_forward_pre_hook(remember(target)) for target in targets]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            twin(**arguments, return_dict=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first: dict[int, str] = {}
+    shared = {target.name: first.setdefault(id(seen[target.name]), target.name) for target in targets}
+    tokens = {target.name: seen[target.name].numel() // target.inputs for target in targets}
+    return Trace(
+        shared=shared,
+        tokens=tokens,
+        constant=frozenset(name for name, tensor in seen.items() if id(tensor) in given),
+        macs=counter.get_total_flops() // 2,
+        macs_of={target.name: tokens[target.name] * target.inputs * target.outputs for target in targets},
+    )

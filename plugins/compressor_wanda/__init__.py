@@ -1,0 +1,60 @@
+"""Wanda: weights times input norms, compared within an output row (Sun et al., ICLR 2024).
+
+In the timestep-weighted form in which the OBS-Diff paper (arXiv 2510.06751) compares against it, every step's squared
+inputs count by a weighting; `uniform`, the default here, is Wanda as published.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from compressor.plugin import Granularity, LayerResult, MomentKind, Pruner, Weighting, check_sparsity
+from compressor.registry import Choice
+
+if TYPE_CHECKING:
+    from compressor.calibration import Calibration
+    from compressor.structure import Component, Target
+
+
+class Wanda(Pruner):
+    """Removes the weights of least |w| times input norm from every output row; the others stay as they are."""
+
+    moments: ClassVar[MomentKind] = "norms"
+
+    sparsity: float | None = Field(None, gt=0, lt=1, description="the share of each row's weights to remove, rounded down")
+    granularity: Annotated[Granularity, Choice("granularity")] = Field("unstructured", validate_default=True)
+    weighting: Annotated[Weighting, Choice("weighting")] = Field("uniform", validate_default=True)
+
+    @model_validator(mode="after")
+    def _check_sparsity(self) -> Any:
+        check_sparsity(self.granularity, self.sparsity)
+        return self
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Refuses layers whose shape does not fit the granularity."""
+        for target in targets:
+            self.granularity.check(target)
+
+    def zeros(self, target: Target) -> int:
+        """The same number in every row, rounded down as in the paper's code."""
+        if self.sparsity is None:
+            return self.granularity.zeros(target.outputs, target.inputs, None)
+        return target.outputs * int(target.inputs * self.sparsity)
+
+    def prune(self, component: Component, calibration: Calibration) -> Iterator[LayerResult]:
+        """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""
+        for package in calibration.packages(component.targets, self.moments):
+            moments = calibration.collect(package, self.moments, self.weighting)
+            for group in package.groups:
+                norm_I = moments.pop(group.name).squares_I.sqrt()
+                for target in group.targets:
+                    start = time.perf_counter()
+                    weight_OI = target.module.weight.data
+                    zeros = self.zeros(target)
+                    score_OI = weight_OI.float().abs() * norm_I
+                    weight_OI.masked_fill_(self.granularity.mask(score_OI, zeros, per_row=True), 0)
+                    yield LayerResult(target.name, zeros, seconds=time.perf_counter() - start)
