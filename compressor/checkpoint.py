@@ -1,4 +1,6 @@
-"""Saves a pruned pipeline as a diffusers folder that proves what it is, and loads it back. Nothing is ever unpickled."""
+"""Saves a pruned pipeline as a diffusers folder that proves what it is, and loads it back. Nothing is ever "
+"unpickled.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def claim(output: Path, source: Path | None, overwrite: bool) -> None:
         CompressorError: if it may not be, or cannot be, written.
     """
     target = output.resolve()
-    for kept, name in ((source, "the model that is read"), (Path.cwd(), "the current folder"), (Path.home(), "the home folder")):
+    for kept, name in (
+        (source, "the model that is read"),
+        (Path.cwd(), "the current folder"),
+        (Path.home(), "the home folder"),
+    ):
         if kept is not None and (target == kept.resolve() or target in kept.resolve().parents):
             raise CompressorError(f"output: {output} holds {name} and would be replaced; choose another folder")
     if output.exists() and not output.is_dir():
@@ -57,7 +63,9 @@ def claim(output: Path, source: Path | None, overwrite: bool) -> None:
 
 @torch.no_grad()
 def round_to_stored(pipeline: Pipeline) -> None:
-    """Rounds the network's weights to the dtype that they will be saved in, so that what is measured is what is saved."""
+    """Rounds the network's weights to the dtype that they will be saved in, so that what is measured is what is "
+    "saved.
+    """
     for name, tensor in pipeline.module.state_dict().items():
         tensor.copy_(tensor.to(_stored_dtype(pipeline, pipeline.component_name, name)))
 
@@ -201,7 +209,8 @@ def _prove(pipeline: Pipeline, folder: Path) -> None:
     if not torch.equal(expected, found):
         difference = (expected.float() - found.float()).abs().max().item()
         raise CompressorError(
-            f"the saved {pipeline.component_name} does not reload as it was: one forward differs by up to {difference:g}; "
+            f"the saved {pipeline.component_name} does not reload as it was: one forward differs by up to "
+            f"{difference:g}; "
             "nothing was kept"
         )
     if not torch.isfinite(expected).all():

@@ -13,7 +13,11 @@ from compressor.errors import CompressorError
 
 RECIPE = click.argument("recipe_file", metavar="RECIPE")
 SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe, as prune.0.obs_diff.sparsity=0.6."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the recipe, as prune.0.obs_diff.sparsity=0.6.",
 )
 
 
@@ -77,7 +81,10 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
 def check(recipe_file: str, overrides: tuple[str, ...]) -> None:
     """Read RECIPE and report every mistake in it; loads no model."""
     loaded = recipe.load(recipe_file, overrides)
-    for given, use in ((loaded.calibration and loaded.calibration.prompts, "calibration"), (loaded.report.prompts, "evaluation")):
+    for given, use in (
+        (loaded.calibration and loaded.calibration.prompts, "calibration"),
+        (loaded.report.prompts, "evaluation"),
+    ):
         if given is not None:
             prompts.read(given, use)  # pyright: ignore[reportArgumentType]
     click.echo(f"{recipe_file}: ok")
@@ -131,7 +138,9 @@ def recipes(name: str | None) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--prompt", "texts", multiple=True, help="What to draw; may be given several times.")
 @click.option("--prompts", "file", help="A text file, one prompt a line.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("images"), show_default=True, help="Folder to write.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("images"), show_default=True, help="Folder to write."
+)
 @click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Inference steps.")
 @click.option("--guidance", default=7.0, show_default=True, help="Classifier-free guidance scale.")
 @click.option("--height", type=click.IntRange(8), help="Pixels; the pipeline's default if not given.")
@@ -196,4 +205,3 @@ def _stamp(output: Path) -> int | None:
         return record.stat().st_ino
     except FileNotFoundError:
         return None
-

@@ -21,7 +21,7 @@ class Located:
         file: the path as the user gave it.
     """
 
-    def __init__(self, data: Any, file: str, lines: dict[Place, str]):
+    def __init__(self, data: Any, file: str, lines: dict[Place, str]) -> None:
         self.data = data
         self.file = file
         self._lines = lines
@@ -90,14 +90,20 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "int", "float", "timestamp")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] not in ("bool", "int", "float", "timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False|TRUE|FALSE)$"), list("tfTF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False|TRUE|FALSE)$"), list("tfTF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -117,7 +123,9 @@ def _build(node: yaml.Node, place: Place, file: str, lines: dict[Place, str]) ->
             key = _scalar(key_node)
             line = f"{file}:{key_node.start_mark.line + 1}"
             if key in result:
-                raise CompressorError(f"{line}: {_dotted((*place, key))}: this key stands twice, first at {lines[(*place, key)]}")
+                raise CompressorError(
+                    f"{line}: {_dotted((*place, key))}: this key stands twice, first at {lines[(*place, key)]}"
+                )
             lines[(*place, key)] = line
             result[key] = _build(value_node, (*place, key), file, lines)
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, LiteralString, cast
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -50,7 +50,9 @@ def rebuild(
     for e in error.errors(include_url=False):
         words = change(e)
         kind = e["type"] if words is None else "unknown_key"
-        custom = PydanticCustomError(kind, "{message}", {"message": e["msg"] if words is None else words})
+        custom = PydanticCustomError(
+            cast(LiteralString, kind), "{message}", {"message": e["msg"] if words is None else words}
+        )
         details.append(InitErrorDetails(type=custom, loc=(*prefix, *e["loc"]), input=e["input"]))
     return ValidationError.from_exception_data(title, details)
 

@@ -45,7 +45,8 @@ def draw(
                     raise
                 if batch == 1:
                     raise CompressorError(
-                        "out of memory while drawing a single picture; choose a smaller height and width, or float16 as "
+                        "out of memory while drawing a single picture; choose a smaller height and width, or float16 "
+                        "as "
                         "model.dtype"
                     ) from error
                 batch //= 2

@@ -156,11 +156,15 @@ def load(model: Model, device: str) -> Pipeline:
     """
     target = pick_device(device)
     folder = open_folder(model)
-    stored = {name: _check_weights(folder.path / name, model.variant) for name in folder.components if _is_model(folder, name)}
+    stored = {
+        name: _check_weights(folder.path / name, model.variant) for name in folder.components if _is_model(folder, name)
+    }
     dtype = _compute_dtype(model.dtype, target, stored[folder.network])
     pipe_class = getattr(diffusers, folder.pipeline_class, None)
     if pipe_class is None:
-        raise CompressorError(f"{folder.path}: diffusers {diffusers.__version__} has no pipeline class '{folder.pipeline_class}'")
+        raise CompressorError(
+            f"{folder.path}: diffusers {diffusers.__version__} has no pipeline class '{folder.pipeline_class}'"
+        )
     try:
         pipe = pipe_class.from_pretrained(
             folder.path,
@@ -243,7 +247,8 @@ def _check_weights(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES) if folder.is_dir() else []
         if pickles:
             raise CompressorError(
-                f"{folder}: refused: its weights are pickled ({', '.join(pickles)}), and unpickling runs whatever code is in "
+                f"{folder}: refused: its weights are pickled ({', '.join(pickles)}), and unpickling runs whatever "
+                "code is in "
                 "them; load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
             )
         raise CompressorError(f"{folder}: holds no weights; should hold a .safetensors file{_of_variant(variant)}")
@@ -251,7 +256,9 @@ def _check_weights(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                dtypes |= {key: _DTYPES.get(tensors.get_slice(key).get_dtype(), torch.float32) for key in tensors.keys()}  # noqa: SIM118
+                dtypes |= {
+                    key: _DTYPES.get(tensors.get_slice(key).get_dtype(), torch.float32) for key in tensors.keys()
+                }
         except (SafetensorError, OSError) as error:
             raise CompressorError(f"{file}: truncated or damaged safetensors file: {error}") from None
     return dtypes

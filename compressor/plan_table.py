@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from compressor.plan import Plan, PlannedLayer, PlannedPruning
 from compressor.report.units import count, percent, size
@@ -12,12 +12,19 @@ from compressor.report.units import count, percent, size
 
 def as_json(plan: Plan) -> str:
     """Everything in the plan; a package is given by its layers and bytes."""
-    data = asdict(plan, dict_factory=dict)
-    for entry, planned in zip(data["entries"], plan.entries, strict=True):
-        entry["packages"] = [
-            {"layers": [t.name for g in package.groups for t in g.targets], "moment_bytes": package.moment_bytes}
-            for package in planned.packages
-        ]
+    data = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    data["entries"] = [
+        {
+            "pruner": entry.pruner,
+            "layers": [asdict(layer) for layer in entry.layers],
+            "packages": [
+                {"layers": [t.name for g in package.groups for t in g.targets], "moment_bytes": package.moment_bytes}
+                for package in entry.packages
+            ],
+            "forwards": entry.forwards,
+        }
+        for entry in plan.entries
+    ]
     return json.dumps(data, indent=2) + "\n"
 
 
@@ -54,12 +61,15 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
     if entry.packages:
         most = max(package.moment_bytes for package in entry.packages)
         lines.append(
-            f"  calibration: {plan.prompts} prompts, {len(entry.packages)} packages of at most {size(most)} of moments, "
+            f"  calibration: {plan.prompts} prompts, {len(entry.packages)} packages of at most {size(most)} of "
+            "moments, "
             f"{entry.forwards} forwards"
         )
     if layers:
         width = max(len(layer.name) for layer in entry.layers)
-        lines += [f"  {x.name:<{width}}  {count(x.weights):>8}  {percent(x.zeros / x.weights):>6}" for x in entry.layers]
+        lines += [
+            f"  {x.name:<{width}}  {count(x.weights):>8}  {percent(x.zeros / x.weights):>6}" for x in entry.layers
+        ]
         return lines
     kinds: dict[tuple[str, str, str], list[PlannedLayer]] = defaultdict(list)
     for layer in entry.layers:

@@ -68,12 +68,13 @@ class Pruner(Options, ABC):
         """How many weights of this layer will be zero, exactly."""
 
     @abstractmethod
-    def prune(self, component: Component, calibration: Calibration) -> Iterator[LayerResult]:
+    def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Prunes every layer of `component.targets` in place, yielding after each one.
 
         Args:
             component: the module, its family and the layers to prune. Its weights are changed.
-            calibration: packages and moments on demand; samples the pipeline as pruned so far.
+            calibration: packages and moments on demand; samples the pipeline as pruned so far. Never None for a pruner
+                whose `moments` is not `none`.
 
         Raises:
             CompressorError: naming the layer.

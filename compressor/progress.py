@@ -18,8 +18,9 @@ class Progress:
         console: where lines are printed.
     """
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
+        self._bars: Bars | None = None
 
     def say(self, text: str) -> None:
         """Prints one line."""
@@ -39,6 +40,19 @@ class Progress:
             yield lambda done: None
             self.say(f"{title}: {total} in {time.monotonic() - start:.1f} s")
             return
+        with self._shown() as bars:
+            task = bars.add_task(title, total=total)
+            try:
+                yield lambda done: bars.advance(task, done)
+            finally:
+                bars.stop_task(task)
+
+    @contextmanager
+    def _shown(self) -> Iterator[Bars]:
+        """The bars on the screen; a task inside another one adds a bar to the same display."""
+        if self._bars is not None:
+            yield self._bars
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,5 +62,8 @@ class Progress:
             TimeRemainingColumn(),
         )
         with Bars(*columns, console=self.console) as bars:
-            task = bars.add_task(title, total=total)
-            yield lambda done: bars.advance(task, done)
+            self._bars = bars
+            try:
+                yield bars
+            finally:
+                self._bars = None

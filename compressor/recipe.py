@@ -41,20 +41,22 @@ class Model(Options):
     """Which pipeline, and which network in it."""
 
     source: str = Field(description="a diffusers folder, a hub id `org/name`, or `builtin:NAME`")
-    component: str | None = Field(None, description="`transformer` or `unet`; found by itself where there is one")
-    variant: str | None = Field(None, description="the weights variant, such as `fp16`")
+    component: str | None = Field(
+        default=None, description="`transformer` or `unet`; found by itself where there is one"
+    )
+    variant: str | None = Field(default=None, description="the weights variant, such as `fp16`")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="the dtype to compute in; auto: float32 on a CPU, the stored dtype elsewhere"
+        default="auto", description="the dtype to compute in; auto: float32 on a CPU, the stored dtype elsewhere"
     )
 
 
 class Prompts(Options):
     """Where prompts come from: one of a list of texts, a file, or a built-in pipeline's own captions."""
 
-    texts: tuple[str, ...] | None = Field(None, strict=False, description="the prompts themselves")
-    file: str | None = Field(None, description="a text file, one prompt a line, or a .csv or .tsv file")
-    column: str | None = Field(None, description="the column of a .csv or .tsv file")
-    builtin: str | None = Field(None, description="the name of a built-in pipeline, whose captions are used")
+    texts: tuple[str, ...] | None = Field(default=None, strict=False, description="the prompts themselves")
+    file: str | None = Field(default=None, description="a text file, one prompt a line, or a .csv or .tsv file")
+    column: str | None = Field(default=None, description="the column of a .csv or .tsv file")
+    builtin: str | None = Field(default=None, description="the name of a built-in pipeline, whose captions are used")
 
     @model_validator(mode="before")
     @classmethod
@@ -79,16 +81,20 @@ class Calibration(Options):
     """How the pipeline is sampled to see what its layers are fed."""
 
     prompts: Prompts = Field(description="the prompts to draw from")
-    samples: int = Field(100, ge=1, description="how many prompts to draw, by the recipe's seed")
-    steps: int = Field(25, ge=1, description="inference steps a prompt")
-    guidance: float = Field(7.0, ge=0, strict=False, description="classifier-free guidance scale")
-    batch: int = Field(4, ge=1, description="prompts at a time; halved when memory runs out")
-    height: int | None = Field(None, ge=8, description="pixels; the pipeline's own default if not given")
-    width: int | None = Field(None, ge=8, description="pixels; the pipeline's own default if not given")
+    samples: int = Field(default=100, ge=1, description="how many prompts to draw, by the recipe's seed")
+    steps: int = Field(default=25, ge=1, description="inference steps a prompt")
+    guidance: float = Field(default=7.0, ge=0, strict=False, description="classifier-free guidance scale")
+    batch: int = Field(default=4, ge=1, description="prompts at a time; halved when memory runs out")
+    height: int | None = Field(default=None, ge=8, description="pixels; the pipeline's own default if not given")
+    width: int | None = Field(default=None, ge=8, description="pixels; the pipeline's own default if not given")
     packages: int | None = Field(
-        None, ge=1, description="into how many Module Packages the layers are cut; 4 if neither this nor memory is given"
+        default=None,
+        ge=1,
+        description="into how many Module Packages the layers are cut; 4 if neither this nor memory is given",
     )
-    memory: Bytes | None = Field(None, description="instead of packages: the most that moments may take at a time, as 8GiB")
+    memory: Bytes | None = Field(
+        default=None, description="instead of packages: the most that moments may take at a time, as 8GiB"
+    )
 
     @model_validator(mode="after")
     def _check_one(self) -> Calibration:
@@ -100,8 +106,8 @@ class Calibration(Options):
 class Targets(Options):
     """Which linear layers are pruned, by role, by name, or by `re:` and a regular expression on the name."""
 
-    include: tuple[str, ...] = Field(("attention", "feed_forward"), strict=False)
-    exclude: tuple[str, ...] = Field((), strict=False)
+    include: tuple[str, ...] = Field(default=("attention", "feed_forward"), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
 
 
 class Pruning(Options):
@@ -126,13 +132,13 @@ class Pruning(Options):
 class Report(Options):
     """The images and figures that show what the pruning did."""
 
-    prompts: Prompts | None = Field(None, description="the calibration's prompts if not given")
-    images: int = Field(8, ge=0, description="pairs of images drawn dense and pruned from equal noise")
-    steps: int = Field(25, ge=1, description="inference steps an image")
-    guidance: float = Field(7.0, ge=0, strict=False)
-    batch: int = Field(4, ge=1)
+    prompts: Prompts | None = Field(default=None, description="the calibration's prompts if not given")
+    images: int = Field(default=8, ge=0, description="pairs of images drawn dense and pruned from equal noise")
+    steps: int = Field(default=25, ge=1, description="inference steps an image")
+    guidance: float = Field(default=7.0, ge=0, strict=False)
+    batch: int = Field(default=4, ge=1)
     metrics: tuple[Annotated[Metric, Choice("metric")], ...] | None = Field(
-        None, strict=False, description="every installed metric that applies to the model, if not given"
+        default=None, strict=False, description="every installed metric that applies to the model, if not given"
     )
 
 
@@ -140,12 +146,12 @@ class Recipe(Options):
     """The whole of a recipe."""
 
     model: Annotated[Model, _named("source")]
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, ...")
-    seed: int = Field(0, ge=0, description="of the noise and of the choice of prompts")
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, ...")
+    seed: int = Field(default=0, ge=0, description="of the noise and of the choice of prompts")
     calibration: Calibration | None = None
     prune: tuple[Pruning, ...] = Field(strict=False, min_length=1)
     report: Report = Report()
-    export: tuple[Annotated[Exporter, Choice("exporter")], ...] = Field((), strict=False)
+    export: tuple[Annotated[Exporter, Choice("exporter")], ...] = Field(default=(), strict=False)
     output: str = Field(description="the folder to write, relative to where the command is run")
 
     @model_validator(mode="after")
@@ -155,7 +161,9 @@ class Recipe(Options):
                 name = next(iter(Choice("pruner").write(entry.pruner)))
                 raise ValueError(f"calibration is missing: prune[{i}].{name} needs the inputs of its layers")
         if self.report.images and self.report.prompts is None and self.calibration is None:
-            raise ValueError("report.prompts is missing: without a calibration there are no prompts to draw images from")
+            raise ValueError(
+                "report.prompts is missing: without a calibration there are no prompts to draw images from"
+            )
         return self
 
     def dump(self) -> dict[str, Any]:

@@ -56,18 +56,6 @@ def load(kind: str, name: str) -> Any:
         ) from error
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    clause = suggest(name, known) or f"; installed: {', '.join(known) or 'none'}"
-    return (
-        f"no {kind} named '{name}'{clause} "
-        "(a plugin just added to a project shows up after `pip install -e .` is run again)"
-    )
-
-
-def _origin(entry: metadata.EntryPoint) -> str:
-    return f"{entry.value} of {entry.dist.name}" if entry.dist else entry.value
-
-
 class Choice:
     """Annotates a field that names a plugin: `name`, or `{name: {option: value}}`.
 
@@ -76,7 +64,7 @@ class Choice:
     Every mistake inside the options is reported under its own path.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -143,77 +131,6 @@ def _unknown(kind: str, name: str, known: list[str]) -> str:
 
 def _origin(entry: metadata.EntryPoint) -> str:
     return f"{entry.value} of {entry.dist.name}" if entry.dist else entry.value
-
-
-class Choice:
-    """Annotates a field that names a plugin: `name`, or `{name: {option: value}}`.
-
-    `granularity: Annotated[Granularity, Choice("granularity")]` reads `granularity: unstructured` as well as
-    `granularity: {n_m: {keep: 2, of: 4}}` into an instance of the class that the entry point names.
-    Every mistake inside the options is reported under its own path.
-    """
-
-    def __init__(self, kind: str):
-        self.kind = kind
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            self.read,
-            serialization=core_schema.plain_serializer_function_ser_schema(self.write),
-        )
-
-    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict:
-        definitions: list[dict[str, Any]] = []
-        for name in find(self.kind):
-            cls = load(self.kind, name)
-            options = handler.resolve_ref_schema(handler(cls.__pydantic_core_schema__))
-            if not options.get("required"):
-                definitions.append({"const": name, "description": _first_line(cls)})
-            definitions.append(
-                {
-                    "type": "object",
-                    "properties": {name: options},
-                    "required": [name],
-                    "additionalProperties": False,
-                    "description": _first_line(cls),
-                }
-            )
-        return {"oneOf": definitions}
-
-    def read(self, value: Any) -> Any:
-        """Turns a name, or a name with options, into an instance of the plugin."""
-        names = find(self.kind)
-        if isinstance(value, str):
-            name, options = value, {}
-        elif isinstance(value, dict) and len(value) == 1:
-            name, options = next(iter(value.items()))
-        elif isinstance(value, Options):
-            return value
-        else:
-            raise PydanticCustomError(
-                "plugin",
-                "should name one {kind} ({names}), as `name` or `{{name: options}}`, found {found}",
-                {"kind": self.kind, "names": ", ".join(names), "found": _describe(value)},
-            )
-        try:
-            cls = load(self.kind, str(name))
-        except CompressorError as error:
-            raise PydanticCustomError("plugin", "{message}", {"message": str(error)}) from error
-        try:
-            return cls.model_validate(options)
-        except ValidationError as error:
-            raise rebuild(error, str(name), prefix=(str(name),)) from None
-
-    def write(self, value: Any) -> Any:
-        """The inverse of `read`, with every option spelled out."""
-        name = next(n for n, cls in self._installed().items() if type(value) is cls)
-        return {name: value.model_dump(mode="json")}
-
-    def _installed(self) -> dict[str, Any]:
-        return {name: load(self.kind, name) for name in find(self.kind)}
-
-    def _loaded(self, cls: type) -> list[type]:
-        return [cls] if hasattr(cls, "model_validate") else []
 
 
 def _first_line(cls: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
         ),
         layers=tuple(pruned.rows.values()),
         sizes=sizes,
-        times=watch.seconds,
+        times=dict(watch.seconds),
         peak_memory=measure.peak_memory(),
         calibration=_calibration_facts(recipe, samples, len(calibration_prompts)),
         metrics=figures,
@@ -108,7 +108,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
     report.write(facts, pairs, output)
     exports = _export(recipe, output, watch, progress)
     if exports:
-        facts = report.with_exports(facts, exports, dict(watch.seconds))
+        facts = replace(facts, exports=exports, times=dict(watch.seconds), peak_memory=measure.peak_memory())
         report.write(facts, pairs, output)
     for warning in facts.warnings:
         progress.say(f"warning: {warning}")
@@ -167,9 +167,10 @@ def _calibration(
     if not texts or recipe.calibration is None:
         return None
     result = calibration.Calibration(pipeline, seen, recipe.calibration, texts, recipe.seed, progress)
-    if len(texts) < recipe.calibration.samples:
+    if len(texts) < recipe.calibration.samples and "samples" in recipe.calibration.model_fields_set:
         result.facts.warnings.append(
-            f"calibration.samples asks for {recipe.calibration.samples} prompts and there are {len(texts)}; all were used"
+            f"calibration.samples asks for {recipe.calibration.samples} prompts and there are {len(texts)}; all were "
+            "used"
         )
     return result
 
@@ -204,11 +205,14 @@ def _verify(name: str, where: str, component: Component, results: list[LayerResu
             raise CompressorError(f"{where}: pruner '{name}' left out {target.name}; nothing was kept")
         weight = target.module.weight
         if not torch.isfinite(weight).all():
-            raise CompressorError(f"{where}: pruner '{name}' left values in {target.name} that are not finite; nothing was kept")
+            raise CompressorError(
+                f"{where}: pruner '{name}' left values in {target.name} that are not finite; nothing was kept"
+            )
         zeros = int((weight == 0).sum())
         if zeros < result.zeros:
             raise CompressorError(
-                f"{where}: pruner '{name}' should have made {result.zeros} weights of {target.name} zero, found {zeros}; "
+                f"{where}: pruner '{name}' should have made {result.zeros} weights of {target.name} zero, found "
+                f"{zeros}; "
                 "nothing was kept"
             )
         pruned.rows[target.name] = _row(name, target, result, zeros)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +88,7 @@ class Calibration:
         prompts: Sequence[str],
         seed: int,
         progress: Progress,
-    ):
+    ) -> None:
         self.facts = Facts(batch=options.batch)
         self._pipeline = pipeline
         self._trace = trace
@@ -184,7 +184,7 @@ class Calibration:
             weight = weights[step]
             self.facts.forwards += 1
 
-        def before_layer(group: Group):
+        def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 moments[group.name].add(args[0], weight)
 
@@ -201,7 +201,8 @@ class Calibration:
     def _halve_batch(self, package: Package, error: RuntimeError) -> None:
         if self.facts.batch == 1:
             raise CompressorError(
-                f"out of memory with a single prompt and {package.moment_bytes:,} bytes of moments: give calibration.memory "
+                f"out of memory with a single prompt and {package.moment_bytes:,} bytes of moments: give "
+                "calibration.memory "
                 "less than is free (or more packages), a smaller height and width, or float16 as model.dtype"
             ) from error
         self.facts.batch //= 2
@@ -213,7 +214,8 @@ class Calibration:
         tokens, skipped = int(moments.tokens), int(moments.skipped)
         if tokens == 0:
             raise CompressorError(
-                f"{group.name}: none of the {skipped} tokens that reached it was finite; compute in float32 or bfloat16 "
+                f"{group.name}: none of the {skipped} tokens that reached it was finite; compute in float32 or "
+                "bfloat16 "
                 "(model.dtype)"
             )
         self.facts.tokens += tokens
@@ -240,6 +242,7 @@ def explain_rank(targets: Sequence[Target], trace: Trace, prompts: int, options:
         return None
     factor, worst, tokens = max(short, key=lambda item: item[0])
     return (
-        f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping decides: "
+        f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping "
+        "decides: "
         f"{worst.name} sees {tokens} for {worst.inputs} inputs; about {int(prompts * factor) + 1} prompts would do"
     )

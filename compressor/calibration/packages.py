@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from compressor.errors import CompressorError
 from compressor.plugin import MomentKind
@@ -68,11 +69,12 @@ def cut(
         assert packages is not None
         if packages > len(parts):
             raise CompressorError(
-                f"calibration.packages: should be at most {len(parts)}, the number of units of layers that run side by side, "
+                f"calibration.packages: should be at most {len(parts)}, the number of units of layers that run side "
+                "by side, "
                 f"found {packages}"
             )
         bounds = [round(i * len(parts) / packages) for i in range(packages + 1)]
-        runs = [sum(parts[a:b], []) for a, b in zip(bounds, bounds[1:], strict=False)]
+        runs = [[target for part in parts[a:b] for target in part] for a, b in pairwise(bounds)]
     else:
         runs = _cut_by_memory(parts, trace, kind, memory)
     return tuple(
@@ -86,7 +88,8 @@ def _cut_by_memory(parts: list[list[Target]], trace: Trace, kind: MomentKind, me
         alone = _bytes(part, trace, kind)
         if alone > memory:
             raise CompressorError(
-                f"calibration.memory: should be at least {alone:,} bytes, which the moments of {part[0].name} and the layers "
+                f"calibration.memory: should be at least {alone:,} bytes, which the moments of {part[0].name} and "
+                "the layers "
                 f"beside it need, found {memory:,}"
             )
         if runs[-1] and _bytes(runs[-1] + part, trace, kind) > memory:

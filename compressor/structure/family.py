@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,8 @@ def find_targets(module: nn.Module, family: Family) -> tuple[Target, ...]:
                     continue
                 if type(layer) is not nn.Linear:
                     raise CompressorError(
-                        f"{name}: should be a plain torch.nn.Linear, found {type(layer).__module__}.{type(layer).__name__}; "
+                        f"{name}: should be a plain torch.nn.Linear, found "
+                        f"{type(layer).__module__}.{type(layer).__name__}; "
                         "merge adapters and undo quantisation before pruning"
                     )
                 found.append(Target(name, layer, block, row))
@@ -168,7 +169,7 @@ def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple
     """
     chosen: set[str] = set()
     dropped: set[str] = set()
-    for patterns, names in ((include, chosen), (exclude, dropped)):
+    for patterns, names_found in ((include, chosen), (exclude, dropped)):
         for pattern in patterns:
             hits = {target.name for target in targets if _matches(pattern, target)}
             if not hits:
@@ -177,7 +178,7 @@ def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple
                     f"targets: '{pattern}' matches none of the {len(targets)} layers; a pattern is one of "
                     f"{', '.join(known)}, the name of a layer or block such as '{targets[0].name}', or re:REGEX"
                 )
-            names |= hits
+            names_found.update(hits)
     left = tuple(target for target in targets if target.name in chosen - dropped)
     if not left:
         raise CompressorError(f"targets: exclude leaves none of the {len(chosen)} layers that include chose")
@@ -196,8 +197,12 @@ def _matches(pattern: str, target: Target) -> bool:
     )
 
 
+def config(module: nn.Module) -> Any:
+    """A diffusers module's config, whose attributes its class decides."""
+    return module.config
+
+
 def like(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of a module's first floating-point parameter."""
     parameter = next(p for p in module.parameters() if p.is_floating_point())
     return parameter.device, parameter.dtype
-

@@ -9,27 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Layer, like
+from compressor.structure.family import BlockTable, Family, Layer, config, like
 
 
 def example_inputs(
     module: nn.Module, *, batch: int, height: int, width: int, sequence: int
 ) -> dict[str, Tensor | dict[str, Tensor]]:
     """Inputs of `FluxTransformer2DModel.forward`: latents packed two by two, with the position of every token."""
-    config, (device, dtype) = module.config, like(module)
+    settings, (device, dtype) = config(module), like(module)
     rows, columns = height // 2, width // 2
     positions = torch.zeros(rows, columns, 3)
     positions[..., 1] += torch.arange(rows)[:, None]
     positions[..., 2] += torch.arange(columns)[None, :]
     inputs: dict[str, Tensor | dict[str, Tensor]] = {
-        "hidden_states": torch.randn(batch, rows * columns, config.in_channels, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(batch, sequence, config.joint_attention_dim, device=device, dtype=dtype),
-        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, device=device, dtype=dtype),
+        "hidden_states": torch.randn(batch, rows * columns, settings.in_channels, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, sequence, settings.joint_attention_dim, device=device, dtype=dtype),
+        "pooled_projections": torch.randn(batch, settings.pooled_projection_dim, device=device, dtype=dtype),
         "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
         "img_ids": positions.reshape(rows * columns, 3).to(device, dtype),
         "txt_ids": torch.zeros(sequence, 3, device=device, dtype=dtype),
     }
-    if config.guidance_embeds:
+    if settings.guidance_embeds:
         inputs["guidance"] = torch.full((batch,), 3.5, device=device, dtype=dtype)
     return inputs
 

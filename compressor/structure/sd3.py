@@ -10,18 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Layer, like
+from compressor.structure.family import BlockTable, Family, Layer, config, like
 
 
 def example_inputs(
     module: nn.Module, *, batch: int, height: int, width: int, sequence: int
 ) -> dict[str, Tensor | dict[str, Tensor]]:
     """Inputs of `SD3Transformer2DModel.forward`."""
-    config, (device, dtype) = module.config, like(module)
+    settings, (device, dtype) = config(module), like(module)
     return {
-        "hidden_states": torch.randn(batch, config.in_channels, height, width, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(batch, sequence, config.joint_attention_dim, device=device, dtype=dtype),
-        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, device=device, dtype=dtype),
+        "hidden_states": torch.randn(batch, settings.in_channels, height, width, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, sequence, settings.joint_attention_dim, device=device, dtype=dtype),
+        "pooled_projections": torch.randn(batch, settings.pooled_projection_dim, device=device, dtype=dtype),
         "timestep": torch.full((batch,), 500.0, device=device, dtype=dtype),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def trace(twin: nn.Module, family: Family, *, height: int, width: int, sequence:
     given = {id(value) for value in arguments.values()}
     seen: dict[str, Tensor] = {}  # holding the tensors keeps their ids apart
 
-    def remember(target: Target):
+    def remember(target: Target) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[target.name] = args[0]
 

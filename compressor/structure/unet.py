@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Layer, like
+from compressor.structure.family import BlockTable, Family, Layer, config, like
 
 _LAYERS = (
     Layer("attn1.to_q", "attention", "query", "image", 0),
@@ -29,17 +29,19 @@ def example_inputs(
     module: nn.Module, *, batch: int, height: int, width: int, sequence: int
 ) -> dict[str, Tensor | dict[str, Tensor]]:
     """Inputs of `UNet2DConditionModel.forward`, with SDXL's additional embeddings where the config asks for them."""
-    config, (device, dtype) = module.config, like(module)
+    settings, (device, dtype) = config(module), like(module)
     inputs: dict[str, Tensor | dict[str, Tensor]] = {
-        "sample": torch.randn(batch, config.in_channels, height, width, device=device, dtype=dtype),
+        "sample": torch.randn(batch, settings.in_channels, height, width, device=device, dtype=dtype),
         "timestep": torch.tensor(500.0, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(batch, sequence, config.cross_attention_dim, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, sequence, settings.cross_attention_dim, device=device, dtype=dtype),
     }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    if settings.addition_embed_type == "text_time":
+        pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {
             "text_embeds": torch.randn(batch, pooled, device=device, dtype=dtype),
-            "time_ids": torch.tensor([[8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width]] * batch).to(device, dtype),
+            "time_ids": torch.tensor([[8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width]] * batch).to(
+                device, dtype
+            ),
         }
     return inputs
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Magnitude(Pruner):
     """Removes the smallest weights of every layer; needs no calibration and no time."""
 
-    sparsity: float | None = Field(None, gt=0, lt=1, description="the share of each layer's weights to remove")
-    granularity: Annotated[Granularity, Choice("granularity")] = Field("unstructured", validate_default=True)
+    sparsity: float | None = Field(default=None, gt=0, lt=1, description="the share of each layer's weights to remove")
+    granularity: Annotated[Granularity, Choice("granularity")] = Field(default="unstructured", validate_default=True)
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Any:

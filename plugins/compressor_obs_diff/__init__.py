@@ -20,11 +20,13 @@ class OBSDiff(Pruner):
 
     moments: ClassVar[MomentKind] = "second"
 
-    sparsity: float | None = Field(None, gt=0, lt=1, description="the share of each layer's weights to remove")
-    granularity: Annotated[Granularity, Choice("granularity")] = Field("unstructured", validate_default=True)
-    weighting: Annotated[Weighting, Choice("weighting")] = Field("log_decrease", validate_default=True)
-    damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean")
-    block: int = Field(128, ge=1, description="columns updated at a time")
+    sparsity: float | None = Field(default=None, gt=0, lt=1, description="the share of each layer's weights to remove")
+    granularity: Annotated[Granularity, Choice("granularity")] = Field(default="unstructured", validate_default=True)
+    weighting: Annotated[Weighting, Choice("weighting")] = Field(default="log_decrease", validate_default=True)
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
+    )
+    block: int = Field(default=128, ge=1, description="columns updated at a time")
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Any:
@@ -40,10 +42,11 @@ class OBSDiff(Pruner):
         """As many as the granularity says."""
         return self.granularity.zeros(target.outputs, target.inputs, self.sparsity)
 
-    def prune(self, component: Component, calibration: Calibration) -> Iterator[LayerResult]:
+    def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers moments on the network as pruned so far, then solves the package's layers."""
         from compressor_obs_diff.layers import prune_package
 
+        assert calibration is not None
         for package in calibration.packages(component.targets, self.moments):
             moments = calibration.collect(package, self.moments, self.weighting)
             yield from prune_package(self, package, moments)

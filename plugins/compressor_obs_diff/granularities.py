@@ -62,7 +62,8 @@ class NM(Granularity):
         """Refuses a layer whose inputs are no multiple of M."""
         if target.inputs % self.of:
             raise CompressorError(
-                f"{target.name}: keep {self.keep} of {self.of} needs a multiple of {self.of} inputs, found {target.inputs}; "
+                f"{target.name}: keep {self.keep} of {self.of} needs a multiple of {self.of} inputs, found "
+                f"{target.inputs}; "
                 "choose another M, or leave the layer out with targets.exclude"
             )
 
@@ -78,5 +79,5 @@ class NM(Granularity):
         """The M - N lowest scores of every group."""
         from compressor.sparsity import lowest_of_groups
 
-        assert zeros == self.zeros(*score_OI.shape, None)
+        assert zeros == self.zeros(score_OI.shape[0], score_OI.shape[1], None)
         return lowest_of_groups(score_OI, self.keep, self.of)

@@ -1,6 +1,7 @@
 """The optimal-brain-surgeon sweep over the columns of one layer.
 
-Frantar and Alistarh, "SparseGPT" (ICML 2023); as used, with a timestep-weighted Hessian, by OBS-Diff (arXiv 2510.06751).
+Frantar and Alistarh, "SparseGPT" (ICML 2023); as used, with a timestep-weighted Hessian, by OBS-Diff
+(arXiv 2510.06751).
 """
 
 # Shapes: O outputs, I inputs, B columns of a block, J columns masked together.
@@ -48,7 +49,8 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
     mean = hessian_II.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise CompressorError(
-            f"{name}: the mean of the squared inputs should be positive and finite, found {mean.item()}; nothing reached "
+            f"{name}: the mean of the squared inputs should be positive and finite, found {mean.item()}; nothing "
+            "reached "
             "this layer during calibration, or its activations overflow"
         )
     for dtype in (torch.float32, torch.float64):

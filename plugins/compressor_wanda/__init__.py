@@ -25,9 +25,11 @@ class Wanda(Pruner):
 
     moments: ClassVar[MomentKind] = "norms"
 
-    sparsity: float | None = Field(None, gt=0, lt=1, description="the share of each row's weights to remove, rounded down")
-    granularity: Annotated[Granularity, Choice("granularity")] = Field("unstructured", validate_default=True)
-    weighting: Annotated[Weighting, Choice("weighting")] = Field("uniform", validate_default=True)
+    sparsity: float | None = Field(
+        default=None, gt=0, lt=1, description="the share of each row's weights to remove, rounded down"
+    )
+    granularity: Annotated[Granularity, Choice("granularity")] = Field(default="unstructured", validate_default=True)
+    weighting: Annotated[Weighting, Choice("weighting")] = Field(default="uniform", validate_default=True)
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Any:
@@ -45,8 +47,9 @@ class Wanda(Pruner):
             return self.granularity.zeros(target.outputs, target.inputs, None)
         return target.outputs * int(target.inputs * self.sparsity)
 
-    def prune(self, component: Component, calibration: Calibration) -> Iterator[LayerResult]:
+    def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""
+        assert calibration is not None
         for package in calibration.packages(component.targets, self.moments):
             moments = calibration.collect(package, self.moments, self.weighting)
             for group in package.groups:
