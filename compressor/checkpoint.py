@@ -1,6 +1,4 @@
-"""Saves a pruned pipeline as a diffusers folder that proves what it is, and loads it back. Nothing is ever "
-"unpickled.
-"""
+"""Saves a pruned pipeline as a diffusers folder that proves what it is, and loads it back. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ def claim(output: Path, source: Path | None, overwrite: bool) -> None:
 
 @torch.no_grad()
 def round_to_stored(pipeline: Pipeline) -> None:
-    """Rounds the network's weights to the dtype that they will be saved in, so that what is measured is what is "
-    "saved.
-    """
+    """Rounds the network's weights to the dtype that they will be saved in: what is measured is what is saved."""
     for name, tensor in pipeline.module.state_dict().items():
         tensor.copy_(tensor.to(_stored_dtype(pipeline, pipeline.component_name, name)))
 

@@ -257,7 +257,8 @@ def _check_weights(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
         try:
             with safe_open(file, "pt") as tensors:
                 dtypes |= {
-                    key: _DTYPES.get(tensors.get_slice(key).get_dtype(), torch.float32) for key in tensors.keys()
+                    key: _DTYPES.get(tensors.get_slice(key).get_dtype(), torch.float32)
+                    for key in tensors.keys()  # noqa: SIM118  (not a dict)
                 }
         except (SafetensorError, OSError) as error:
             raise CompressorError(f"{file}: truncated or damaged safetensors file: {error}") from None

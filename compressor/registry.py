@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -117,7 +118,8 @@ class Choice:
 
     def write(self, value: Any) -> Any:
         """The inverse of `read`, with every option spelled out."""
-        name = next(name for name in find(self.kind) if load(self.kind, name) is type(value))
+        loaded = (name for name, entry in find(self.kind).items() if entry.module in sys.modules)
+        name = next(name for name in loaded if load(self.kind, name) is type(value))
         return {name: value.model_dump(mode="json")}
 
 
