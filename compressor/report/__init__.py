@@ -61,9 +61,10 @@ def grid(samples: Samples, columns: int, *, captions: bool = True) -> Image:
     """One picture of all pairs, for a README: each dense image above the pruned one, `columns` pairs in a row.
 
     Args:
-        samples: one pair or more. Images smaller than 128 pixels are enlarged by a whole factor.
+        samples: one pair or more. Images smaller than 128 pixels are enlarged by a whole factor, those larger than 512
+            pixels scaled down.
         columns: pairs in a row, at least 1.
-        captions: write each caption below its pair (cut after three lines).
+        captions: write each caption below its pair (cut after five lines).
 
     """
     from compressor.report import images

@@ -74,7 +74,7 @@ class LayerRow:
     @property
     def sparsity(self) -> float:
         """The share of weights that are zero."""
-        return self.zeros / self.parameters
+        return share(self.zeros, self.parameters)
 
 
 @dataclass(frozen=True)

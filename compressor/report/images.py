@@ -21,42 +21,42 @@ SMALL = 128
 LARGE = 512
 """Larger images are scaled down to this side inside a page."""
 
-_GAP, _FONT, _LINES = 8, 14, 3
+_LINES = 5
 
 
 def grid(samples: Samples, columns: int, *, captions: bool = True) -> Image.Image:
     """One picture of all pairs: each dense image above the pruned one, so many pairs in a row.
 
-    Images smaller than 128 pixels are enlarged by a whole factor.
-
     Args:
-        samples: one pair or more.
+        samples: one pair or more. Images smaller than 128 pixels are enlarged by a whole factor, those larger than 512
+            pixels scaled down.
         columns: pairs in a row, at least 1.
-        captions: write each caption below its pair (cut after three lines).
+        captions: write each caption below its pair (cut after five lines).
 
     """
-    pairs = [(enlarge(to_image(a)), enlarge(to_image(b))) for a, b in zip(samples.dense, samples.pruned, strict=True)]
+    pairs = [(_fit(to_image(a)), _fit(to_image(b))) for a, b in zip(samples.dense, samples.pruned, strict=True)]
     columns = min(columns, len(pairs))
     width, height = pairs[0][0].size
-    font = ImageFont.load_default(_FONT)
+    letter = max(14, width // 24)
+    gap, leading, font = letter // 2, round(1.3 * letter), ImageFont.load_default(letter)
     lines = [_wrap(prompt, font, width) if captions else [] for prompt in samples.prompts]
-    below = max(map(len, lines)) * (_FONT + 4) + _GAP if captions else 0
-    margin = round(max(font.getlength(word) for word in ("dense", "pruned"))) + 2 * _GAP
-    step_x, step_y = width + _GAP, 2 * height + _GAP // 2 + below + _GAP
-    rows = -(-len(pairs) // columns)
-    sheet = Image.new("RGB", (margin + columns * step_x, _GAP + rows * step_y), "white")
+    margin = round(max(font.getlength(word) for word in ("dense", "pruned"))) + 2 * gap
+    step_x, pair = width + gap, 2 * height + gap // 2
+    sheet = Image.new("RGB", (margin + columns * step_x, _bottom(lines, columns, pair, gap, leading)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row in range(rows):
-        for line, word in enumerate(("dense", "pruned")):
-            middle = _GAP + row * step_y + line * (height + _GAP // 2) + height // 2
-            draw.text((margin - _GAP, middle), word, fill="#555555", font=font, anchor="rm")
-    for i, (dense, pruned) in enumerate(pairs):
-        x, y = margin + i % columns * step_x, _GAP + i // columns * step_y
-        sheet.paste(dense, (x, y))
-        sheet.paste(pruned, (x, y + height + _GAP // 2))
-        for j, line in enumerate(lines[i]):
-            top = y + 2 * height + _GAP // 2 + 4 + j * (_FONT + 4)
-            draw.text((x + width / 2, top), line, fill="#222222", font=font, anchor="ma")
+    top = gap
+    for start in range(0, len(pairs), columns):
+        for y, word in ((top, "dense"), (top + height + gap // 2, "pruned")):
+            draw.text((margin - gap, y + height // 2), word, fill="#555555", font=font, anchor="rm")
+        row = range(start, min(start + columns, len(pairs)))
+        for x, i in zip(range(margin, sheet.width, step_x), row, strict=False):
+            sheet.paste(pairs[i][0], (x, top))
+            sheet.paste(pairs[i][1], (x, top + height + gap // 2))
+            for j, line in enumerate(lines[i]):
+                draw.text(
+                    (x + width / 2, top + pair + gap // 2 + j * leading), line, fill="#222222", font=font, anchor="ma"
+                )
+        top = _bottom(lines[: start + columns], columns, pair, gap, leading)
     return sheet
 
 
@@ -79,6 +79,18 @@ def inline(picture: Tensor) -> str:
     image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
     image.save(file, kind, **({"optimize": True} if kind == "png" else {"quality": 90}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    image = enlarge(image)
+    image.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _bottom(lines: list[list[str]], columns: int, pair: int, gap: int, leading: int) -> int:
+    """The height of rows of pairs, each as high as its longest caption needs."""
+    rows = [lines[i : i + columns] for i in range(0, len(lines), columns)]
+    return gap + sum(pair + gap // 2 + max(map(len, row)) * leading + gap for row in rows)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -53,7 +53,9 @@ def render(report: Report, samples: Samples | None) -> str:
         figures=_figures(report.metrics),
         errors=heat.error_map(report.layers),
         zeros=heat.sparsity_map(report.layers),
+        uniform=_uniform(report.layers),
         times=_times(report.times),
+        memory=tuple(_memory(report.peak_memory)),
         exports=[(export, tuple(_flat(export.checks))) for export in report.exports],
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True, width=100),
         dash=units.DASH,
@@ -175,9 +177,9 @@ def _gain(sizes: Sizes) -> str:
     parts.append(
         f"{units.count(zeros)} of {units.count(after.parameters)} parameters are zero. Zeros are stored like any other "
         f"number, so they make neither the files smaller{'' if removed else f' ({stored})'} nor dense kernels faster. "
-        "They pay off only where something skips them: kernels for sparse weights, such as those of NVIDIA GPUs for 2:4 "
-        "patterns, or a file format that packs them. The operations on non-zero weights below are what such kernels "
-        "could reach at best; they are counted, not timed."
+        "They pay off only where something skips them: kernels for sparse weights, such as those of NVIDIA GPUs for "
+        "2:4 patterns, or a file format that packs them. The operations on non-zero weights below are what such "
+        "kernels could reach at best; they are counted, not timed."
     )
     return " ".join(parts)
 
@@ -245,11 +247,24 @@ def _images(figures: dict[str, float]) -> str:
     return f"{number} pair{'' if number == 1 else 's'}"
 
 
+def _uniform(layers: tuple[LayerRow, ...]) -> str:
+    """The share of zeros of every layer, if it is the same to a tenth of a percent in all."""
+    shares = {units.percent(layer.sparsity) for layer in layers}
+    return shares.pop() if len(shares) == 1 else ""
+
+
 def _times(times: dict[str, float]) -> list[tuple[str, str, float]]:
     """Name, time and share of the longest phase, and the sum at the end (its share is 0: no bar)."""
     longest = max(times.values(), default=0.0)
     rows = [(name.replace("_", " "), units.duration(value), share(value, longest)) for name, value in times.items()]
     return [*rows, ("together", units.duration(sum(times.values())), 0.0)]
+
+
+def _memory(peak: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Kinds in words; a kind of memory that was not used is left out."""
+    for kind, used in peak.items():
+        if used:
+            yield kind.replace("_", " ").replace("cpu", "CPU").replace("gpu", "GPU"), used
 
 
 def _flat(checks: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -270,5 +285,5 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return units.number(value)
+        return f"{value:.3g}"
     return units.DASH if value is None else str(value)

@@ -36,7 +36,7 @@ class Pairs(Metric):
         if not differ.all():
             equal = int((~differ).sum())
             warnings.warn(
-                f"{equal} of {len(psnr)} pairs are bit for bit equal; their PSNR is infinite and not in its mean",
+                f"bit for bit equal: {equal} of {len(psnr)} pairs; their PSNR is infinite and left out of the mean",
                 stacklevel=2,
             )
         errors = latent_errors(samples)

@@ -1,0 +1,227 @@
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from compressor.plugin import Samples
+from compressor.report import CalibrationFacts, ExportFacts, ModelFacts, Report, write
+from compressor.report.page import SHOWN, render
+
+from .conftest import make_row
+
+
+class Page(HTMLParser):
+    """The elements and the visible text of a page; checks that what opens is closed."""
+
+    VOID = ("meta", "img", "br", "col")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.words.append(data)
+
+    def find(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [found for name, found in self.elements if name == tag and attributes.items() <= found.items()]
+
+
+@pytest.fixture
+def page(report: Report, samples: Samples) -> Page:
+    return Page(render(report, samples))
+
+
+def test_the_page_needs_nothing_but_itself(report: Report, samples: Samples):
+    html = render(report, samples)
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "action"):
+            assert (attributes.get(name, "data:") or "").startswith("data:")
+    assert "url(" not in html
+    assert "@import" not in html
+    assert not re.search(r"https?://", html)
+
+
+def test_whatever_the_user_wrote_is_escaped(report: Report, samples: Samples):
+    evil = "<script>alert('\"x\"')</script>"
+    report = dataclasses.replace(
+        report,
+        recipe={"output": evil},
+        versions={evil: evil},
+        device=evil,
+        model=ModelFacts(*(evil,) * 6),
+        layers=(make_row(f"{evil}.x", block=evil, part=evil, role=evil, stream=evil, pruner=evil, notes=(evil,)),),
+        times={evil: 1.0},
+        peak_memory={evil: 1},
+        calibration=CalibrationFacts(1, 1, 1.0, 1, 1, 1, 1, {evil: 1}),
+        metrics={evil: {evil: 1.0}},
+        exports=(ExportFacts(evil, {evil: 1}, {evil: evil}),),
+        warnings=(evil,),
+    )
+    html = render(report, dataclasses.replace(samples, prompts=(evil,) * 4))
+    assert "<script" not in html
+    page = Page(html)
+    assert page.text.count(evil) > 15
+    assert len(page.find("img", alt=f"dense: {evil}")) == 4
+
+
+def test_every_pair_is_shown_with_its_caption_and_psnr(page: Page, samples: Samples):
+    assert len(page.find("img")) == 8
+    for prompt in samples.prompts:
+        assert prompt in page.text
+    assert len(re.findall(r"PSNR \d+\.\d dB", page.text)) == 4
+    assert "Shown pixel by pixel." in page.text
+
+
+def test_an_equal_pair_is_called_so(report: Report, samples: Samples):
+    page = Page(render(report, dataclasses.replace(samples, pruned=samples.dense)))
+    assert page.text.count("bit for bit equal") == 4
+
+
+def test_of_many_pairs_the_first_are_shown(report: Report, samples: Samples):
+    many = Samples(samples.prompts * 10, *(getattr(samples, name).repeat(10, 1, 1, 1) for name in
+                   ("dense", "pruned", "dense_latents", "pruned_latents")))  # fmt: skip
+    page = Page(render(report, many))
+    assert len(page.find("img")) == 2 * SHOWN
+    assert "The first 24 of 40 pairs." in page.text
+
+
+def test_without_samples_there_are_no_pictures(report: Report):
+    page = Page(render(report, None))
+    assert not page.find("img")
+    assert "Pictures" not in page.text
+
+
+def test_large_pictures_say_that_they_were_made_smaller(report: Report, samples: Samples):
+    large = dataclasses.replace(
+        samples, dense=samples.dense.repeat(1, 1, 4, 4), pruned=samples.pruned.repeat(1, 1, 4, 4)
+    )
+    assert "Shown as JPEG of at most 512 pixels." in Page(render(report, large)).text
+
+
+def test_the_headline_has_what_was_asked_and_what_was_reached(page: Page):
+    assert "builtin:shapes, pruned by obs_diff" in page.text
+    assert "Zeros in the pruned layers 50.0 % asked for 50.0 %" in page.text
+    assert "Zeros in the whole transformer 55.0 % before: 0.0 %" in page.text
+    assert "Non-zero parameters 4.50 k before: 10.0 k" in page.text
+    assert "PSNR, pruned against dense 31.23 ± 0.50 dB mean of 4 pairs" in page.text
+
+
+def test_the_judges_verdict_is_in_the_headline_and_in_the_table(report: Report):
+    one_object = {"dense_one_object": 0.95, "dense_one_object_se": 0.01} | {
+        "pruned_one_object": 0.9,
+        "pruned_one_object_se": 0.02,
+    }
+    shapes = {**one_object, "frechet": 1.5, "images": 300.0}
+    page = Page(render(dataclasses.replace(report, metrics={"shapes": shapes}), None))
+    assert "Images all right, one object 90.0 ± 2.0 % dense: 95.0 ± 1.0 %" in page.text
+    assert "Judge of shapes, 300 pairs Everything right, one object 95.0 ± 1.0 % 90.0 ± 2.0 %" in page.text
+    assert "Frechet distance of the judge's features (0 is equal) 1.50" in page.text
+
+
+def test_figures_of_a_metric_from_elsewhere_are_shown_under_their_own_names(report: Report):
+    page = Page(render(dataclasses.replace(report, metrics={"clip": {"dense_clip_score": 0.3, "gap": 0.01}}), None))
+    assert "clip clip score 0.300 gap 0.0100" in page.text
+
+
+def test_zeros_alone_are_said_to_buy_nothing_by_themselves(page: Page):
+    assert "5.50 k of 10.0 k parameters are zero." in page.text
+    assert "neither the files smaller (20.0 kB on disk before, 20.0 kB after) nor dense kernels faster" in page.text
+    assert "they are counted, not timed" in page.text
+    assert "gone for good" not in page.text
+
+
+def test_removed_parameters_are_told_apart_from_zeros(report: Report):
+    after = dataclasses.replace(report.sizes.after, parameters=6_000, bytes=12_000)
+    sizes = dataclasses.replace(report.sizes, after=after)
+    page = Page(render(dataclasses.replace(report, sizes=sizes), None))
+    assert "4.00 k of 10.0 k parameters are gone for good" in page.text
+    assert "(20.0 kB on disk before, 12.0 kB after)" in page.text
+    assert "1.50 k of 6.00 k parameters are zero." in page.text
+
+
+def test_the_error_map_has_a_cell_for_each_layer(page: Page, report: Report):
+    titles = {cell["title"] for cell in page.find("td") if "title" in cell}
+    for row in report.layers:
+        assert any(title and title.startswith(f"{row.name}: relative error") for title in titles)
+        assert f"{row.name}: 50.0 % zeros" in titles
+
+
+def test_equal_sparsity_is_said_in_a_sentence_and_its_map_folded(page: Page, report: Report):
+    assert "50.0 % of the weights of every layer are zero." in page.text
+    assert [("open" in details) for details in page.find("details")] == [False, False, True]
+    other = dataclasses.replace(report, layers=(*report.layers, make_row("transformer_blocks.0.x", zeros=600)))
+    uneven = Page(render(other, None))
+    assert "of the weights of every layer" not in uneven.text
+    assert "(asked for 500)" in uneven.text
+    assert [("open" in details) for details in uneven.find("details")] == [True, False, True]
+
+
+def test_without_calibration_that_is_said(report: Report):
+    plain = tuple(dataclasses.replace(row, error=None, damping=None, pruner="magnitude") for row in report.layers)
+    page = Page(render(dataclasses.replace(report, layers=plain, calibration=None), None))
+    assert "No layer's error is known: the pruner gathered no inputs." in page.text
+    assert "None: the pruner looks at weights alone." in page.text
+
+
+def test_every_layer_is_in_the_table(page: Page, report: Report):
+    assert f"All {len(report.layers)} layers as a table" in page.text
+    for row in report.layers:
+        assert f"{row.name} {row.stream} {row.role} {row.pruner} 1.00 k 500 50.0 %" in page.text
+
+
+def test_times_memory_calibration_exports_versions_and_warnings_are_told(page: Page):
+    for words in (
+        "load 1.2 s calibrate 3 min 20 s together 3 min 21 s",
+        "Peak memory, CPU resident 1.40 GB",
+        "Prompts 128, 16 at a time Sampling 20 steps, guidance 3 Packages 4",
+        "Tokens skipped as not finite 7",
+        "transformer_blocks.0.attn.to_q 7",
+        "onnx, 2.5 s onnx/transformer.onnx 18.4 MB shapes 1, largest 1e-06 2:4 yes",
+        "torch 2.13.0",
+        "1 thing to know the calibration has few tokens",
+    ):
+        assert words in page.text
+    assert "GPU" not in page.text.replace("NVIDIA GPUs", "")
+
+
+def test_the_recipe_can_be_copied_from_the_page(report: Report):
+    html = render(report, None)
+    assert yaml.safe_load(html.partition("<pre>")[2].partition("</pre>")[0]) == report.recipe
+
+
+def test_tables_have_headers_and_pictures_have_words(page: Page):
+    assert all(cell.get("scope") for cell in page.find("th"))
+    assert all(image.get("alt") for image in page.find("img"))
+    assert page.find("html", lang="en")
+
+
+def test_two_pruners_have_a_row_each(report: Report):
+    layers = (*report.layers, make_row("transformer_blocks.0.x", pruner="wanda", asked=250, zeros=250))
+    page = Page(render(dataclasses.replace(report, layers=layers), None))
+    assert "pruned by obs_diff and wanda" in page.text
+    assert "wanda 1 1.00 k 25.0 % 25.0 %" in page.text
+
+
+def test_writing_gives_the_same_bytes_twice(report: Report, samples: Samples, tmp_path):
+    for name in ("a", "b"):
+        write(report, samples, tmp_path / name)
+    assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
