@@ -33,7 +33,7 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
         notes = _explain(factor.damping, options.damping, factor.dtype)
         for target in group.targets:
             weight = target.module.weight
-            old_OI = weight.float()
+            old_OI = weight.detach().to(torch.float32, copy=True)
             new_OI, _ = sweep(old_OI, factor.upper_II, options.granularity, options.sparsity, options.block)
             weight.copy_(new_OI)
             now = time.perf_counter()
