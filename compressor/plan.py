@@ -9,9 +9,10 @@ from compressor import pipeline as pipelines
 from compressor import prompts
 from compressor.calibration import PACKAGES, explain_rank
 from compressor.calibration.packages import Package, cut
+from compressor.prepare import size_of, trace_at
 from compressor.recipe import Pruning, Recipe
 from compressor.registry import Choice
-from compressor.structure import Target, Trace, find_targets, select, trace
+from compressor.structure import Target, Trace, find_targets, select
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,8 @@ def plan(recipe: Recipe) -> Plan:
     folder = pipelines.open_folder(recipe.model)
     twin = folder.twin()
     given = recipe.calibration
-    height = (given.height if given else None) or folder.default_size
-    width = (given.width if given else None) or folder.default_size
-    factor = folder.vae_factor
-    seen = trace(twin, folder.family, height=height // factor, width=width // factor, sequence=folder.text_tokens)
+    height, width = size_of(recipe, folder)
+    seen = trace_at(recipe, folder)
     linears = find_targets(twin, folder.family)
     texts = 0
     if given is not None:
@@ -144,4 +143,4 @@ def _plan_entry(
         PlannedLayer(t.name, t.layer.part, t.layer.role, t.layer.stream, t.outputs * t.inputs, entry.pruner.zeros(t))
         for t in targets
     )
-    return PlannedPruning(next(iter(Choice("pruner").write(entry.pruner))), layers, packages, forwards), notes
+    return PlannedPruning(Choice("pruner").name(entry.pruner), layers, packages, forwards), notes

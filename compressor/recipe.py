@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compressor import located_yaml
 from compressor.errors import CompressorError
-from compressor.options import Options
+from compressor.options import Options, suggest
 from compressor.plugin import Exporter, Metric, Pruner
 from compressor.registry import Choice, find
 
@@ -83,7 +83,7 @@ class Calibration(Options):
     prompts: Prompts = Field(description="the prompts to draw from")
     samples: int = Field(default=100, ge=1, description="how many prompts to draw, by the recipe's seed")
     steps: int = Field(default=25, ge=1, description="inference steps a prompt")
-    guidance: float = Field(default=7.0, ge=0, strict=False, description="classifier-free guidance scale")
+    guidance: float = Field(default=7.0, ge=0, description="classifier-free guidance scale")
     batch: int = Field(default=4, ge=1, description="prompts at a time; halved when memory runs out")
     height: int | None = Field(default=None, ge=8, description="pixels; the pipeline's own default if not given")
     width: int | None = Field(default=None, ge=8, description="pixels; the pipeline's own default if not given")
@@ -121,12 +121,12 @@ class Pruning(Options):
     def _find_pruner(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"pruner": value}
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or set(value) - {"targets"} == {"pruner"}:
             return value
-        named = {key: options for key, options in value.items() if key not in ("targets",)}
-        if set(named) == {"pruner"}:
-            return value
-        return {"pruner": named, **{key: value[key] for key in value if key == "targets"}}
+        pruners = find("pruner")
+        beside = {key for key in value if key not in pruners and suggest(str(key), ["targets"])}
+        named = {key: options for key, options in value.items() if key not in beside}
+        return {"pruner": named, **{key: value[key] for key in beside}}
 
 
 class Report(Options):
@@ -135,7 +135,7 @@ class Report(Options):
     prompts: Prompts | None = Field(default=None, description="the calibration's prompts if not given")
     images: int = Field(default=8, ge=0, description="pairs of images drawn dense and pruned from equal noise")
     steps: int = Field(default=25, ge=1, description="inference steps an image")
-    guidance: float = Field(default=7.0, ge=0, strict=False)
+    guidance: float = Field(default=7.0, ge=0)
     batch: int = Field(default=4, ge=1)
     metrics: tuple[Annotated[Metric, Choice("metric")], ...] | None = Field(
         default=None, strict=False, description="every installed metric that applies to the model, if not given"
@@ -147,7 +147,7 @@ class Recipe(Options):
 
     model: Annotated[Model, _named("source")]
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, ...")
-    seed: int = Field(default=0, ge=0, description="of the noise and of the choice of prompts")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the noise and of the choice of prompts")
     calibration: Calibration | None = None
     prune: tuple[Pruning, ...] = Field(strict=False, min_length=1)
     report: Report = Report()
@@ -158,7 +158,7 @@ class Recipe(Options):
     def _check_calibration(self) -> Recipe:
         for i, entry in enumerate(self.prune):
             if entry.pruner.moments != "none" and self.calibration is None:
-                name = next(iter(Choice("pruner").write(entry.pruner)))
+                name = Choice("pruner").name(entry.pruner)
                 raise ValueError(f"calibration is missing: prune[{i}].{name} needs the inputs of its layers")
         if self.report.images and self.report.prompts is None and self.calibration is None:
             raise ValueError(
@@ -184,8 +184,12 @@ def load(file: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         CompressorError: with every mistake, one a line, as `file:line: where: what`.
     """
     path = Path(file)
-    if not path.exists() and not path.suffix and str(file) in shipped():
-        path = shipped()[str(file)]
+    if not path.exists() and path.name == str(file) and not path.suffix:
+        known = shipped()
+        if path.name not in known:
+            clause = suggest(path.name, list(known)) or f"; known: {', '.join(known) or 'none'}"
+            raise CompressorError(f"{file}: no such file, and no recipe of that name came with the package{clause}")
+        path = known[path.name]
     source = located_yaml.read(path)
     for assignment in overrides:
         source.set(assignment)
@@ -219,10 +223,11 @@ def schema() -> dict[str, Any]:
 
 
 def _resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """Input paths in a recipe are relative to the recipe's own folder."""
+    """Input paths in a recipe are relative to the recipe's own folder, if they exist there; `~` is the home folder."""
 
     def beside(path: str) -> str:
-        return str(folder / path) if not Path(path).is_absolute() and (folder / path).exists() else path
+        given = Path(path).expanduser()
+        return str(folder / given) if (folder / given).exists() else str(given) if path.startswith("~") else path
 
     def prompts(value: Prompts | None) -> Prompts | None:
         if value is None or value.file is None:
@@ -237,14 +242,18 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             "model": recipe.model.model_copy(update={"source": beside(recipe.model.source)}),
             "calibration": calibration,
             "report": recipe.report.model_copy(update={"prompts": prompts(recipe.report.prompts)}),
+            "output": str(Path(recipe.output).expanduser()),
         }
     )
 
 
 def _explain(error: ValidationError, source: located_yaml.Located) -> list[str]:
     found = []
-    for e in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    for e in errors:
         place = tuple(e["loc"])
+        if e["type"] == "too_short" and any(other["loc"][: len(place)] == place for other in errors if other is not e):
+            continue  # pydantic counts the items that passed, and each of the others has been told
         if len(place) >= 3 and place[0] == "prune" and place[2] == "pruner":
             place = (*place[:2], *place[3:])
         where = source.where(place)
@@ -253,15 +262,28 @@ def _explain(error: ValidationError, source: located_yaml.Located) -> list[str]:
     return [text for _, text in sorted(found, key=lambda pair: pair[0])]
 
 
-def _words(e: Any) -> str:
-    message = e["msg"]
+_PLAIN = {
+    "missing": "is missing",
+    "string_type": "should be a string",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "finite_number": "should be a finite number",
+    "bool_type": "should be true or false",
+    "tuple_type": "should be a list",
+    "model_type": "should be a mapping of options",
+    "too_short": "should not be empty",
+}
+"""Plain words for what pydantic says for programmers, by its type of error."""
+
+
+def _words(e: ErrorDetails) -> str:
+    message = _PLAIN.get(e["type"], e["msg"])
     for start in ("Value error, ", "Input "):
         message = message.removeprefix(start)
-    if e["type"] == "missing":
-        return "is missing"
-    value = e["input"]
-    if message.startswith("should") and "found" not in message and not isinstance(value, (dict, list)):
-        message += f", found {value!r}" if isinstance(value, str) else f", found {value}"
+    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    if message.startswith("should") and "found" not in message and e["type"] != "too_short":
+        message += f", found {located_yaml.describe(e['input'])}"
     return message
 
 

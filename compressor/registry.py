@@ -104,7 +104,7 @@ class Choice:
         else:
             raise PydanticCustomError(
                 "plugin",
-                "should name one {kind} ({names}), as `name` or `{{name: options}}`, found {found}",
+                "should name one {kind} ({names}), as `name` or `name: options`, found {found}",
                 {"kind": self.kind, "names": ", ".join(names), "found": _describe(value)},
             )
         try:
@@ -118,17 +118,20 @@ class Choice:
 
     def write(self, value: Any) -> Any:
         """The inverse of `read`, with every option spelled out."""
+        return {self.name(value): value.model_dump(mode="json")}
+
+    def name(self, value: Any) -> str:
+        """The name under which a plugin's class is registered."""
         loaded = (name for name, entry in find(self.kind).items() if entry.module in sys.modules)
-        name = next(name for name in loaded if load(self.kind, name) is type(value))
-        return {name: value.model_dump(mode="json")}
+        return next(name for name in loaded if load(self.kind, name) is type(value))
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> str:
-    clause = suggest(name, known) or f"; installed: {', '.join(known) or 'none'}"
-    return (
-        f"no {kind} named '{name}'{clause} "
+    clause = suggest(name, known) or (
+        f"; installed: {', '.join(known) or 'none'} "
         "(a plugin just added to a project shows up after `pip install -e .` is run again)"
     )
+    return f"no {kind} named '{name}'{clause}"
 
 
 def _origin(entry: metadata.EntryPoint) -> str:

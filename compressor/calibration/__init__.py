@@ -33,6 +33,7 @@ class Facts:
     """What a calibration did, for the report.
 
     Attributes:
+        prompts: how many are sampled.
         forwards: calls of the network.
         tokens: tokens summed, over all groups.
         skipped: layers whose input had tokens that were not finite, and how many.
@@ -43,6 +44,7 @@ class Facts:
         warnings: what a user should know.
     """
 
+    prompts: int = 0
     forwards: int = 0
     tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -89,7 +91,11 @@ class Calibration:
         seed: int,
         progress: Progress,
     ) -> None:
-        self.facts = Facts(batch=options.batch)
+        self.facts = Facts(prompts=len(prompts), batch=options.batch)
+        if len(prompts) < options.samples and "samples" in options.model_fields_set:
+            self.facts.warnings.append(
+                f"calibration.samples asks for {options.samples} prompts and there are {len(prompts)}; all were used"
+            )
         self._pipeline = pipeline
         self._trace = trace
         self._options = options

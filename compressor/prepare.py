@@ -1,0 +1,161 @@
+"""Everything that a recipe needs before its first weight changes: model, targets, prompts, calibration, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from compressor import checkpoint, pictures, prompts
+from compressor import pipeline as pipelines
+from compressor.calibration import Calibration, sampling
+from compressor.errors import CompressorError
+from compressor.measure import Stopwatch
+from compressor.pipeline import Pipeline
+from compressor.plugin import Metric, Pruner, Samples
+from compressor.progress import Progress
+from compressor.recipe import Pruning, Recipe
+from compressor.registry import Choice, find, load
+from compressor.structure import Component, Trace, select, trace
+
+Drawn = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the recipe's `prune`, with the layers it is given.
+
+    Attributes:
+        where: its place in the recipe, as `prune[0]`.
+        name: the plugin's name.
+        pruner: the plugin.
+        component: the network and the chosen layers.
+    """
+
+    where: str
+    name: str
+    pruner: Pruner
+    component: Component
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe, ready to be carried out.
+
+    Attributes:
+        recipe: as it was read.
+        pipeline: on its device.
+        trace: one forward of the network's meta-device twin.
+        entries: one for each pruner.
+        calibration: None if no pruner asks for one.
+        prompts: what is drawn, dense and pruned.
+        encoded: the same, as the network is given them.
+        metrics: by name.
+    """
+
+    recipe: Recipe
+    pipeline: Pipeline
+    trace: Trace
+    entries: tuple[Entry, ...]
+    calibration: Calibration | None
+    prompts: tuple[str, ...]
+    encoded: tuple[sampling.Encoded, ...]
+    metrics: dict[str, Metric]
+
+    def draw(self, progress: Progress, title: str) -> Drawn | None:
+        """Draws every prompt with the network as it is now: images and final latents, or None if there is none."""
+        if not self.encoded:
+            return None
+        recipe = self.recipe
+        size = (recipe.calibration.height, recipe.calibration.width) if recipe.calibration else (None, None)
+        settings = sampling.Settings(recipe.report.steps, recipe.report.guidance, *size)
+        return pictures.draw(self.pipeline, self.encoded, settings, recipe.report.batch, progress, title)
+
+    def pairs(self, dense: Drawn | None, pruned: Drawn | None) -> Samples | None:
+        """What was drawn before and after, side by side."""
+        if dense is None or pruned is None:
+            return None
+        return Samples(self.prompts, dense[0], pruned[0], dense[1], pruned[1])
+
+
+def prepare(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress, *, overwrite: bool) -> Prepared:
+    """Finds everything that could be wrong before anything slow is done, and loads the model.
+
+    Args:
+        recipe: checked.
+        output: where the result will go.
+        watch: gets the phases `load` and `encode`.
+        progress: told what is being done.
+        overwrite: replace an output folder that is not an earlier result.
+
+    Raises:
+        CompressorError: for prompts, exporters, a model, layers or an output folder that do not fit.
+    """
+    with watch.phase("load"):
+        calibrating, drawing = _read_prompts(recipe)
+        metrics = _choose_metrics(recipe)
+        _check_exporters(recipe)
+        folder = pipelines.open_folder(recipe.model)
+        checkpoint.claim(output, folder.path, overwrite)
+        progress.say(f"loading {recipe.model.source}")
+        pipeline = pipelines.load(recipe.model, recipe.device)
+        seen = trace_at(recipe, folder)
+        entries = tuple(_enter(f"prune[{i}]", entry, pipeline) for i, entry in enumerate(recipe.prune))
+    with watch.phase("encode"):
+        encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures")
+        calibration = None
+        if calibrating and recipe.calibration is not None:
+            calibration = Calibration(pipeline, seen, recipe.calibration, calibrating, recipe.seed, progress)
+    return Prepared(recipe, pipeline, seen, entries, calibration, drawing, tuple(encoded), metrics)
+
+
+def trace_at(recipe: Recipe, folder: pipelines.Folder) -> Trace:
+    """One forward of the meta-device twin at the size that the recipe calibrates at."""
+    height, width = size_of(recipe, folder)
+    factor = folder.vae_factor
+    return trace(
+        folder.twin(), folder.family, height=height // factor, width=width // factor, sequence=folder.text_tokens
+    )
+
+
+def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
+    """Height and width of images in pixels."""
+    given = recipe.calibration
+    return (
+        (given.height if given else None) or folder.default_size,
+        (given.width if given else None) or folder.default_size,
+    )
+
+
+def _read_prompts(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The prompts to calibrate with and those to draw."""
+    calibrating: tuple[str, ...] = ()
+    if recipe.calibration is not None and any(entry.pruner.moments != "none" for entry in recipe.prune):
+        found = prompts.read(recipe.calibration.prompts, "calibration")
+        calibrating = prompts.draw(found, recipe.calibration.samples, recipe.seed)
+    source = recipe.report.prompts or (recipe.calibration.prompts if recipe.calibration else None)
+    drawing: tuple[str, ...] = ()
+    if recipe.report.images and source is not None:
+        drawing = prompts.read(source, "evaluation")[: recipe.report.images]
+    return calibrating, drawing
+
+
+def _choose_metrics(recipe: Recipe) -> dict[str, Metric]:
+    if recipe.report.metrics is not None:
+        return {Choice("metric").name(metric): metric for metric in recipe.report.metrics}
+    every = {name: load("metric", name)() for name in find("metric")}
+    return {name: metric for name, metric in every.items() if metric.applies(recipe.model.source)}
+
+
+def _check_exporters(recipe: Recipe) -> None:
+    for i, exporter in enumerate(recipe.export):
+        if (missing := exporter.available()) is not None:
+            raise CompressorError(f"export[{i}]: {missing}")
+
+
+def _enter(where: str, entry: Pruning, pipeline: Pipeline) -> Entry:
+    targets = select(pipeline.targets, entry.targets.include, entry.targets.exclude)
+    entry.pruner.check(targets)
+    component = Component(pipeline.component_name, pipeline.module, pipeline.family, targets)
+    return Entry(where, Choice("pruner").name(entry.pruner), entry.pruner, component)
