@@ -191,7 +191,7 @@ def _forget_origin(file: Path) -> None:
 def _prove(pipeline: Pipeline, folder: Path) -> None:
     """Reloads the saved network and compares one forward bit by bit."""
     cls = getattr(diffusers, pipeline.family.component_class)
-    saved = cls.from_pretrained(folder / pipeline.component_name, use_safetensors=True, torch_dtype=pipeline.dtype)
+    saved = cls.from_pretrained(folder / pipeline.component_name, use_safetensors=True, dtype=pipeline.dtype)
     saved = saved.to(pipeline.device).eval()
     side = min(pipeline.folder.default_size // pipeline.folder.vae_factor, 32)
     devices = [pipeline.device] if pipeline.device.type == "cuda" else []

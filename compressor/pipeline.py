@@ -170,7 +170,7 @@ def load(model: Model, device: str) -> Pipeline:
             folder.path,
             use_safetensors=True,
             variant=model.variant,
-            torch_dtype=dtype,
+            dtype=dtype,
             **dict.fromkeys(folder.absent),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
