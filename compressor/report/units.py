@@ -79,7 +79,7 @@ def measured(value: float, error: float | None, unit: str = "", scale: float = 1
     if not math.isfinite(error) or error == 0:
         return f"{number(value)} ± {number(error, 2)}{tail}"
     decimals = 1 - math.floor(math.log10(float(f"{error:.1e}")))
-    if decimals > 5:
+    if decimals > 6:
         return f"{number(value)} ± {number(error, 2)}{tail}"
     decimals = max(decimals, 0)
     return f"{value:.{decimals}f} ± {error:.{decimals}f}{tail}"

@@ -133,12 +133,18 @@ def test_the_judges_verdict_is_in_the_headline_and_in_the_table(report: Report):
     shapes = {**one_object, "frechet": 1.5, "images": 300.0}
     page = Page(render(dataclasses.replace(report, metrics={"shapes": shapes}), None))
     assert "Images all right, one object 90.0 ± 2.0 % dense: 95.0 ± 1.0 %" in page.text
-    assert "Judge of shapes, 300 pairs Everything right, one object 95.0 ± 1.0 % 90.0 ± 2.0 %" in page.text
+    assert "dense pruned pruned against dense Judge of shapes, 300 pairs" in page.text
+    assert "Everything right, one object 95.0 ± 1.0 % 90.0 ± 2.0 %" in page.text
     assert "Frechet distance of the judge's features (0 is equal) 1.50" in page.text
 
 
+def test_figures_of_pairs_alone_need_no_columns_for_either_side(page: Page):
+    assert "pruned against dense Pairs of images, 4 pairs PSNR (higher is nearer) 31.23 ± 0.50 dB" in page.text
+    assert "dense pruned pruned against dense" not in page.text
+
+
 def test_figures_of_a_metric_from_elsewhere_are_shown_under_their_own_names(report: Report):
-    page = Page(render(dataclasses.replace(report, metrics={"clip": {"dense_clip_score": 0.3, "gap": 0.01}}), None))
+    page = Page(render(dataclasses.replace(report, metrics={"clip": {"pruned_clip_score": 0.3, "gap": 0.01}}), None))
     assert "clip clip score 0.300 gap 0.0100" in page.text
 
 

@@ -63,6 +63,7 @@ def test_numbers_have_three_significant_digits(value: float, text: str):
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [(31.234, 1.36, "31.2 ± 1.4"), (0.98765, 0.0012, "0.9877 ± 0.0012"), (123.4, 12.0, "123 ± 12"), (5.0, None, "5.00"),
+     (0.99987, 5.2e-5, "0.999870 ± 0.000052"),
      (5.0, 0.0, "5.00 ± 0"), (0.0025, 4.2e-11, "0.00250 ± 4.2e-11"), (5.0, float("nan"), "5.00 ± nan")],
 )  # fmt: skip
 def test_figures_end_where_their_standard_error_does(value: float, error: float | None, text: str):
