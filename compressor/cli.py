@@ -107,6 +107,25 @@ def plan(recipe_file: str, overrides: tuple[str, ...], layers: bool, as_json: bo
 
 
 @main.command()
+@RECIPE
+@SET
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True, help="Folder to write."
+)
+def compare(recipe_file: str, overrides: tuple[str, ...], out: Path) -> None:
+    """Try each entry of RECIPE's `prune` by itself on the dense model and table the results."""
+    loaded = recipe.load(recipe_file, overrides)
+    from compressor import quiet
+    from compressor.compare import compare as try_all
+    from compressor.progress import Progress
+
+    quiet.silence_libraries()
+    try_all(loaded, Progress(), out)
+    click.echo((out / "compare.md").read_text(encoding="utf-8"), nl=False)
+    click.echo(f"figures: {out / 'compare.json'}")
+
+
+@main.command()
 def plugins() -> None:
     """List the installed plugins of every kind."""
     for kind in registry.KINDS:

@@ -1,0 +1,123 @@
+"""Tries every entry of a recipe's `prune` by itself on the same dense model, and tables what each one does to it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from compressor import measure, report
+from compressor.errors import CompressorError
+from compressor.measure import Stopwatch
+from compressor.prepare import Prepared, prepare
+from compressor.progress import Progress
+from compressor.pruning import prune
+from compressor.recipe import Recipe
+from compressor.report.facts import sparsity
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one entry did.
+
+    Attributes:
+        entry: its place in the recipe.
+        pruner: the plugin and the options that differ from its defaults.
+        sparsity: share of zeros in the layers it was given.
+        seconds: calibration and solving, without drawing.
+        figures: by metric and name.
+        warnings: what the user should know.
+    """
+
+    entry: str
+    pruner: str
+    sparsity: float
+    seconds: float
+    figures: dict[str, dict[str, float]]
+    warnings: tuple[str, ...]
+
+
+def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]:
+    """Prunes the dense network anew with each entry, draws the same pictures from the same noise, and measures them.
+
+    Args:
+        recipe: its `prune` lists alternatives here, not steps; its `output` and `export` are not used.
+        progress: told what is being done.
+        folder: gets `compare.json` and `compare.md`, written anew after every entry.
+
+    Raises:
+        CompressorError: as the run would, and if the recipe draws no pictures.
+    """
+    if not recipe.report.images:
+        raise CompressorError("report.images: should be at least 1 to compare by, found 0")
+    job = prepare(recipe, folder / "unused", Stopwatch(), progress, overwrite=True)
+    dense = job.draw(progress, "drawing, dense")
+    weights = {target.name: target.module.weight.data for entry in job.entries for target in entry.component.targets}
+    original = {name: weight.clone() for name, weight in weights.items()}
+    rows: list[Row] = []
+    for number, entry in enumerate(job.entries, start=1):
+        progress.say(f"{number} of {len(job.entries)}: {_describe(recipe, number - 1)}")
+        for name, weight in weights.items():
+            weight.copy_(original[name])
+        start = time.perf_counter()
+        layers = prune(entry, job.pipeline, job.calibration, progress)
+        seconds = time.perf_counter() - start
+        pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
+        assert pairs is not None
+        figures, notes = report.measure(job.metrics, pairs)
+        rows.append(Row(entry.where, _describe(recipe, number - 1), sparsity(layers)[1], seconds, figures, notes))
+        _write(job, rows, folder)
+    return tuple(rows)
+
+
+def table(rows: tuple[Row, ...], names: tuple[str, ...]) -> str:
+    """A Markdown table: one row an entry, one column a figure `metric.name`, with standard errors."""
+    lines = [
+        "| pruner | zeros | " + " | ".join(name.partition(".")[2].replace("_", " ") for name in names) + " | seconds |",
+        "| --- | --- | " + " | ".join("---" for _ in names) + " | --- |",
+    ]
+    for row in rows:
+        cells = [_figure(row, name) for name in names]
+        lines.append(f"| {row.pruner} | {row.sparsity:.1%} | {' | '.join(cells)} | {row.seconds:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(row: Row, name: str) -> str:
+    metric, _, key = name.partition(".")
+    figures = row.figures.get(metric, {})
+    if key not in figures:
+        return "-"
+    error = figures.get(f"{key}_se")
+    return f"{figures[key]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
+def _describe(recipe: Recipe, index: int) -> str:
+    """`obs_diff, sparsity 0.5, weighting uniform`: the options that were given."""
+    pruner = recipe.prune[index].pruner
+    entry = recipe.dump()["prune"][index]
+    name, options = next((key, value) for key, value in entry.items() if key != "targets")
+    given = {key: options[key] for key in options if key in pruner.model_fields_set}
+    return ", ".join([name, *(f"{key} {_plain(value)}" for key, value in given.items())])
+
+
+def _plain(value: object) -> str:
+    """A nested choice in words: `{"n_m": {"keep": 2, "of": 4}}` is `n_m keep 2 of 4`."""
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_plain(inner)}".strip() for key, inner in value.items())
+    return str(value)
+
+
+def _write(job: Prepared, rows: list[Row], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        "recipe": job.recipe.dump(),
+        "versions": measure.versions(),
+        "device": measure.device_name(job.pipeline.device),
+        "rows": [asdict(row) for row in rows],
+    }
+    (folder / "compare.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    figures = rows[0].figures
+    names = tuple(f"{m}.{k}" for m in figures for k in figures[m] if not k.endswith("_se") and k != "images")
+    changing = tuple(n for n in names if not n.partition(".")[2].startswith("dense_"))
+    (folder / "compare.md").write_text(table(tuple(rows), changing), encoding="utf-8")
