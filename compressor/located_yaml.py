@@ -43,16 +43,17 @@ class Located:
             raise CompressorError(f"--set {assignment}: should be KEY.KEY=VALUE, as in prune.0.obs_diff.sparsity=0.6")
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise CompressorError(f"--set {assignment}: the value is not YAML: {_problem(error)}") from None
         *parents, last = path.split(".")
         node, place = self.data, ()
         for key in parents:
-            place += (_key(node, key, assignment, must_exist=False),)
+            place += (_key(node, key, assignment, place),)
             if isinstance(node, dict) and node.get(place[-1]) is None:
                 node[place[-1]] = {}
+                self._lines[place] = f"--set {path}"
             node = node[place[-1]]
-        place += (_key(node, last, assignment, must_exist=False),)
+        place += (_key(node, last, assignment, place),)
         node[place[-1]] = value
         for inner in [p for p in self._lines if p[: len(place)] == place]:
             del self._lines[inner]
@@ -70,10 +71,14 @@ def read(file: str | Path) -> Located:
         text = Path(file).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CompressorError(f"{name}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CompressorError(f"{name}: cannot be read: {error}") from None
+    except OSError as error:
+        raise CompressorError(f"{name}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CompressorError(f"{name}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     try:
         root = yaml.compose(text, _Loader)
+    except RecursionError:
+        raise CompressorError(f"{name}: not YAML that can be read: nested too deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -81,8 +86,14 @@ def read(file: str | Path) -> Located:
     if not isinstance(root, yaml.MappingNode):
         raise CompressorError(f"{name}: should be a mapping with the keys of a recipe, found {_kind(root)}")
     lines: dict[Place, str] = {}
-    data = _build(root, (), name, lines)
+    data = _build(root, (), name, lines, ())
     return Located(data, name, lines)
+
+
+_KINDS = {"str": "text", "null": "nothing", "bool": "true or false", "int": "a whole number", "float": "a number"}
+_KINDS |= {"map": "a mapping", "seq": "a list"}
+_MOST_PLACES = 100_000
+"""Enough for any recipe, and soon reached by aliases of aliases."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,23 +126,35 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.Node) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
-def _build(node: yaml.Node, place: Place, file: str, lines: dict[Place, str]) -> Any:
+def _build(node: yaml.Node, place: Place, file: str, lines: dict[Place, str], inside: tuple[yaml.Node, ...]) -> Any:
     lines.setdefault(place, f"{file}:{node.start_mark.line + 1}")
+    if any(node is outer for outer in inside):
+        raise CompressorError(f"{lines[place]}: {dotted(place)}: an alias here stands for something that holds it")
+    if (kind := node.tag.rpartition(":")[2]) not in _KINDS:
+        raise CompressorError(f"{lines[place]}: {dotted(place)}: a recipe has no use for the tag '{node.tag}'")
+    if len(lines) > _MOST_PLACES:
+        raise CompressorError(f"{lines[place]}: {dotted(place)}: more than {_MOST_PLACES:,} values, aliases included")
+    inside = (*inside, node)
     if isinstance(node, yaml.MappingNode):
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = _scalar(key_node)
             line = f"{file}:{key_node.start_mark.line + 1}"
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) and key_node.tag.endswith(":str") else None
+            if key is None:
+                raise CompressorError(f"{line}: a key should be a word, found {_kind(key_node)}")
             if key in result:
                 raise CompressorError(
-                    f"{line}: {_dotted((*place, key))}: this key stands twice, first at {lines[(*place, key)]}"
+                    f"{line}: {dotted((*place, key))}: this key stands twice, first at {lines[(*place, key)]}"
                 )
             lines[(*place, key)] = line
-            result[key] = _build(value_node, (*place, key), file, lines)
+            result[key] = _build(value_node, (*place, key), file, lines, inside)
         return result
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, (*place, i), file, lines) for i, item in enumerate(node.value)]
-    return _scalar(node)
+        return [_build(item, (*place, i), file, lines, inside) for i, item in enumerate(node.value)]
+    try:
+        return _scalar(node)
+    except (ValueError, KeyError):
+        raise CompressorError(f"{lines[place]}: {dotted(place)}: cannot be read as {_KINDS[kind]}") from None
 
 
 def _scalar(node: yaml.Node) -> Any:
@@ -142,26 +165,35 @@ def _scalar(node: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _key(node: Any, key: str, assignment: str, must_exist: bool) -> str | int:
+def _key(node: Any, key: str, assignment: str, place: Place) -> str | int:
     if isinstance(node, dict):
         return key
-    if isinstance(node, list):
-        if key.isdigit() and int(key) < len(node):
-            return int(key)
-        raise CompressorError(f"--set {assignment}: '{key}' should be an index from 0 to {len(node) - 1}")
-    raise CompressorError(f"--set {assignment}: nothing to set inside {node!r} with '{key}'")
+    if not isinstance(node, list):
+        raise CompressorError(f"--set {assignment}: {dotted(place)} should be a mapping, found {describe(node)}")
+    if key in map(str, range(len(node))):
+        return int(key)
+    known = f"an index from 0 to {len(node) - 1}" if node else "nothing, for the list is empty"
+    raise CompressorError(f"--set {assignment}: behind {dotted(place)} should come {known}, found '{key}'")
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error)
+def _problem(error: Exception) -> str:
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{getattr(error, 'context', '')} {problem}" if problem.startswith("but ") else problem
 
 
 def _kind(node: yaml.Node | None) -> str:
-    return "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else f"{node.value!r}"
+    if isinstance(node, yaml.CollectionNode):
+        return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    return "nothing" if node is None else repr(node.value)
 
 
-def _dotted(place: Place) -> str:
-    return dotted(place)
+def describe(value: Any) -> str:
+    """A value as it stands in YAML, for an error message."""
+    if isinstance(value, (dict, list, tuple)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return "nothing" if value is None else str(value).lower()
+    return repr(value)
 
 
 def dotted(place: Place) -> str:

@@ -123,11 +123,10 @@ def check_sparsity(granularity: Granularity, sparsity: float | None) -> None:
     Raises:
         ValueError: which pydantic turns into an error of the recipe.
     """
-    name = type(granularity).__name__
     if granularity.needs_sparsity and sparsity is None:
-        raise ValueError(f"sparsity is missing: granularity {name} needs the share of weights to remove, as 0.5")
+        raise ValueError("sparsity is missing; should be the share of weights to remove, such as 0.5")
     if not granularity.needs_sparsity and sparsity is not None:
-        raise ValueError(f"sparsity has no effect: granularity {name} fixes it; remove sparsity or the granularity")
+        raise ValueError("sparsity has no effect: this granularity decides how much is removed; leave one of them out")
 
 
 class Weighting(Options, ABC):

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from compressor.errors import CompressorError
 from compressor.options import Options, rebuild, suggest
+from compressor.plugin import Exporter, Granularity, Metric, Pruner, Weighting
 
 KINDS = {
     "pruner": "compressor.pruners",
@@ -20,6 +21,7 @@ KINDS = {
     "weighting": "compressor.weightings",
     "granularity": "compressor.granularities",
 }
+_BASES = {"pruner": Pruner, "exporter": Exporter, "metric": Metric, "weighting": Weighting, "granularity": Granularity}
 
 
 def find(kind: str) -> dict[str, metadata.EntryPoint]:
@@ -43,18 +45,27 @@ def load(kind: str, name: str) -> Any:
     """Imports the plugin `name` and returns what its entry point names (a class, or a family table).
 
     Raises:
-        CompressorError: if there is none of that name, or importing it fails for any reason.
+        CompressorError: if there is none of that name, importing it fails for any reason, or it is not what it should be.
     """
     found = find(kind)
     if name not in found:
         raise CompressorError(_unknown(kind, name, list(found)))
     entry = found[name]
     try:
-        return entry.load()
+        plugin = entry.load()
     except Exception as error:  # whatever a broken third-party module raises becomes one named error
         raise CompressorError(
             f"{kind} '{name}' ({_origin(entry)}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
+    if (base := _BASES.get(kind)) is not None:
+        if not (isinstance(plugin, type) and issubclass(plugin, base)):
+            raise CompressorError(
+                f"{kind} '{name}' ({_origin(entry)}) should be a subclass of compressor.plugin.{base.__name__}, "
+                f"found {plugin!r}"
+            )
+        if missing := sorted(plugin.__abstractmethods__):
+            raise CompressorError(f"{kind} '{name}' ({_origin(entry)}) does not define {', '.join(missing)}")
+    return plugin
 
 
 class Choice:

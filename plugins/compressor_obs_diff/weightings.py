@@ -24,8 +24,8 @@ class Uniform(Weighting):
 class Between(Weighting):
     """A weighting that runs between two values."""
 
-    low: float = Field(default=0.8, gt=0, strict=False, description="the smallest weight")
-    high: float = Field(default=1.2, gt=0, strict=False, description="the largest weight")
+    low: float = Field(default=0.8, gt=0, description="the smallest weight")
+    high: float = Field(default=1.2, gt=0, description="the largest weight")
 
     @model_validator(mode="after")
     def _check_order(self) -> Any:
