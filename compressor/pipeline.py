@@ -63,7 +63,7 @@ class Folder:
         tokenizer = self.path / "tokenizer" / "tokenizer_config.json"
         clip = min(_read_json(tokenizer).get("model_max_length", 77), 512) if tokenizer.is_file() else 77
         if self.family.name == "sd3":
-            return clip + (256 if "text_encoder_3" in self.components else clip)
+            return clip + 256  # zeros where there is no T5
         return 512 if self.family.name == "flux" else clip
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compressor import pipeline as pipelines
 from compressor import prompts
-from compressor.calibration import PACKAGES, explain_rank
+from compressor.calibration import explain_rank, sampling
 from compressor.calibration.packages import Package, cut
 from compressor.prepare import size_of, trace_at
 from compressor.recipe import Pruning, Recipe
@@ -102,7 +102,7 @@ def plan(recipe: Recipe) -> Plan:
     zeros: dict[str, int] = {}
     for entry in recipe.prune:
         targets = select(linears, entry.targets.include, entry.targets.exclude)
-        planned, notes = _plan_entry(recipe, entry, targets, seen, texts)
+        planned, notes = _plan_entry(recipe, entry, targets, seen, texts, folder.pipeline_class)
         entries.append(planned)
         warnings += [note for note in notes if note not in warnings]
         zeros |= {layer.name: layer.zeros for layer in planned.layers}
@@ -126,7 +126,7 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _plan_entry(
-    recipe: Recipe, entry: Pruning, targets: tuple[Target, ...], seen: Trace, texts: int
+    recipe: Recipe, entry: Pruning, targets: tuple[Target, ...], seen: Trace, texts: int, pipeline_class: str
 ) -> tuple[PlannedPruning, list[str]]:
     entry.pruner.check(targets)
     notes: list[str] = []
@@ -134,11 +134,12 @@ def _plan_entry(
     forwards = 0
     given = recipe.calibration
     if entry.pruner.moments != "none" and given is not None:
-        number = given.packages or (None if given.memory else PACKAGES)
-        packages = cut(targets, seen, entry.pruner.moments, number, given.memory)
+        packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
         forwards = len(packages) * given.steps * math.ceil(texts / given.batch)
-        if entry.pruner.moments == "second" and (note := explain_rank(targets, seen, texts, given)):
-            notes.append(note)
+        if entry.pruner.moments == "second":
+            guided = sampling.guided(pipeline_class, given.guidance)
+            note = explain_rank(targets, seen, texts, given.steps, guided)
+            notes += [note] if note else []
     layers = tuple(
         PlannedLayer(t.name, t.layer.part, t.layer.role, t.layer.stream, t.outputs * t.inputs, entry.pruner.zeros(t))
         for t in targets

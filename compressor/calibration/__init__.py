@@ -24,9 +24,6 @@ from compressor.structure import Target, Trace
 
 __all__ = ["Calibration", "Facts", "Group", "Moments", "Package", "StepCounter"]
 
-PACKAGES = 4
-"""Into how many packages the layers are cut where the recipe says nothing, as in the paper."""
-
 
 @dataclass
 class Facts:
@@ -114,10 +111,10 @@ class Calibration:
             CompressorError: if they cannot be cut so.
         """
         targets = tuple(targets)
-        number, memory = self._options.packages, self._options.memory
-        packages = cut(targets, self._trace, kind, number or (None if memory else PACKAGES), memory)
+        packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
         if kind == "second":
-            note = explain_rank(targets, self._trace, len(self._encoded), self._options)
+            guided = sampling.guided(self._pipeline.folder.pipeline_class, self._options.guidance)
+            note = explain_rank(targets, self._trace, len(self._encoded), self._options.steps, guided)
             if note:
                 self.facts.warnings.append(note)
         return packages
@@ -232,16 +229,23 @@ class Calibration:
             )
 
 
-def explain_rank(targets: Sequence[Target], trace: Trace, prompts: int, options: Options) -> str | None:
+def explain_rank(targets: Sequence[Target], trace: Trace, prompts: int, steps: int, guided: bool) -> str | None:
     """A warning if some layers see fewer distinct tokens than they have inputs, or None.
 
     An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step.
+
+    Args:
+        targets: the layers.
+        trace: tells the tokens of each.
+        prompts: how many are sampled.
+        steps: inference steps.
+        guided: whether every prompt is joined by the empty one, which is the same for all of them.
     """
-    guided = 2 if options.guidance > 1 else 1
+    copies = 2 if guided else 1
     short: list[tuple[float, Target, int]] = []
     for target in targets:
         constant = target.name in trace.constant
-        tokens = trace.tokens[target.name] * (prompts + guided - 1 if constant else prompts * guided * options.steps)
+        tokens = trace.tokens[target.name] * (prompts + copies - 1 if constant else prompts * copies * steps)
         if tokens < target.inputs:
             short.append((target.inputs / tokens, target, tokens))
     if not short:

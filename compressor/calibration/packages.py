@@ -10,6 +10,9 @@ from compressor.errors import CompressorError
 from compressor.plugin import MomentKind
 from compressor.structure import Target, Trace
 
+PACKAGES = 4
+"""Into how many packages the layers are cut where the recipe says nothing, as in the paper."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -55,7 +58,8 @@ def cut(
         targets: in order of execution.
         trace: tells which targets share an input.
         kind: which moments are to be gathered.
-        packages: how many packages of as equal a number of units as can be.
+        packages: how many packages of as equal a number of units as can be; if this and memory are None, 4, or one a
+            unit where there are fewer.
         memory: instead: the most bytes that a package's moments may take.
 
     Raises:
@@ -66,7 +70,7 @@ def cut(
         units.setdefault(target.unit, []).append(target)
     parts = list(units.values())
     if memory is None:
-        assert packages is not None
+        packages = min(PACKAGES, len(parts)) if packages is None else packages
         if packages > len(parts):
             raise CompressorError(
                 f"calibration.packages: should be at most {len(parts)}, the number of units of layers that run side "

@@ -130,6 +130,11 @@ def noise_seed(seed: int, use: str, index: int) -> int:
     return (base + index) % 2**32
 
 
+def guided(pipeline_class: str, guidance: float) -> bool:
+    """Whether the network is also run on the empty prompt; Flux is told the guidance scale instead."""
+    return guidance > 1 and pipeline_class != "FluxPipeline"
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
