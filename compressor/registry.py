@@ -45,7 +45,7 @@ def load(kind: str, name: str) -> Any:
     """Imports the plugin `name` and returns what its entry point names (a class, or a family table).
 
     Raises:
-        CompressorError: if there is none of that name, importing it fails for any reason, or it is not what it should be.
+        CompressorError: if there is none of that name, importing it fails for any reason, or it is no such plugin.
     """
     found = find(kind)
     if name not in found:
