@@ -172,8 +172,8 @@ def _key(node: Any, key: str, assignment: str, place: Place) -> str | int:
         raise CompressorError(f"--set {assignment}: {dotted(place)} should be a mapping, found {describe(node)}")
     if key in map(str, range(len(node))):
         return int(key)
-    known = f"an index from 0 to {len(node) - 1}" if node else "nothing, for the list is empty"
-    raise CompressorError(f"--set {assignment}: behind {dotted(place)} should come {known}, found '{key}'")
+    known = f"should be from 0 to {len(node) - 1}" if node else "it is empty"
+    raise CompressorError(f"--set {assignment}: {dotted(place)} has no item '{key}'; {known}")
 
 
 def _problem(error: Exception) -> str:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compressor import located_yaml
@@ -29,7 +29,13 @@ def _read_bytes(value: Any) -> Any:
         raise PydanticCustomError("bytes", "should be a size such as 8GiB or 500MB") from None
 
 
-Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(gt=0)]
+_BYTES_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*[0-9.]+\s*([KMGkmg]?[Ii]?[Bb])?\s*$"},
+    ]
+}
+Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(gt=0), WithJsonSchema(_BYTES_SCHEMA)]
 
 
 def _named(key: str) -> BeforeValidator:
@@ -215,6 +221,8 @@ def schema() -> dict[str, Any]:
     entry["properties"].update({k: v for option in by_name for k, v in option.get("properties", {}).items()})
     entry["required"] = []
     entry["oneOf"] = [{"required": [name]} for name in find("pruner")]
+    bare = {"enum": [option["const"] for option in by_name if "const" in option]}
+    result["properties"]["prune"]["items"] = {"anyOf": [result["properties"]["prune"]["items"], bare]}
     for name in ("model", "prompts"):
         _allow_short_form(result, name)
     result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
