@@ -1,0 +1,66 @@
+"""The same code on a GPU: half-precision moments, and a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from compressor import recipe
+from compressor.calibration.moments import Moments
+from compressor.progress import Progress
+from compressor.run import run
+from compressor_obs_diff.granularities import NM, Unstructured
+from compressor_obs_diff.solver import factorise, relative_error, sweep
+from tests import tiny
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_moments_of_half_precision_inputs_are_summed_in_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 100, 64, generator=generator).to(dtype) for _ in range(8)]
+    moments = Moments.empty(64, second=True, device=torch.device("cuda"))
+    for i, x in enumerate(batches):
+        moments.add(x.cuda(), 0.5 + i)
+    expected = sum((0.5 + i) * (x.double().flatten(0, 1).T @ x.double().flatten(0, 1)) for i, x in enumerate(batches))
+    assert moments.second_II is not None
+    assert moments.second_II.dtype == torch.float32
+    error = (moments.second_II.double().cpu() - expected).norm() / expected.norm()
+    assert error < 2e-4
+
+
+@pytest.mark.parametrize(("granularity", "sparsity"), [(Unstructured(), 0.5), (NM(keep=2, of=4), None)])
+def test_the_solve_on_a_gpu_loses_as_little_as_on_the_cpu(granularity, sparsity):
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(2000, 256, generator=generator) @ torch.randn(256, 256, generator=generator)
+    weight_OI, second_II = torch.randn(96, 256, generator=generator), x_TI.T @ x_TI
+    errors = {}
+    for device in ("cpu", "cuda"):
+        weight, second = weight_OI.to(device), second_II.to(device)
+        factor = factorise(second, 0.01, "layer")
+        new, removed = sweep(weight, factor.upper_II, granularity, sparsity, 128)
+        assert int(removed.sum()) == granularity.zeros(96, 256, sparsity)
+        errors[device] = relative_error(weight, new, second)
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-2)
+
+
+def test_a_whole_run_in_half_precision_keeps_its_promises(tmp_path: Path):
+    data = {
+        "model": str(tiny.folder("sd3", tmp_path / "model")),
+        "device": "cuda",
+        "calibration": {"prompts": ["a", "b", "c d"], "steps": 3, "batch": 2, "packages": 2},
+        "prune": [{"obs_diff": {"sparsity": 0.5}}],
+        "report": {"images": 2, "steps": 2},
+        "output": str(tmp_path / "out"),
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data))
+    output = run(recipe.load(file), Progress())
+    weights = load_file(output / "transformer" / "diffusion_pytorch_model.safetensors")
+    pruned = weights["transformer_blocks.0.attn.to_q.weight"]
+    assert int((pruned == 0).sum()) == pruned.numel() // 2
