@@ -29,32 +29,36 @@ class ONNX(Exporter):
     """
 
     dtype: Literal["float32", "float16"] = Field(
-        "float32", description="Type of the weights and of the arithmetic in the file."
+        default="float32", description="Type of the weights and of the arithmetic in the file."
     )
     opset: int | None = Field(
-        None, ge=18, description="ONNX operator set; torch's own default if left out. Another than asked is an error."
+        default=None,
+        ge=18,
+        description="ONNX operator set, never silently another; torch's own default if left out.",
     )
     tolerance: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="Largest relative L2 from torch to onnxruntime; if left out 2e-5 for float32, 1e-2 for float16.",
     )
-    batch: int = Field(2, ge=2, description="Samples of the traced shape. The file takes any number.")
+    batch: int = Field(default=2, ge=2, description="Samples of the traced shape. The file takes any number.")
     height: int | None = Field(
-        None, ge=2, description="Latent rows of the traced shape; 32, or the model's own size if smaller, if left out."
+        default=None,
+        ge=2,
+        description="Latent rows of the traced shape; at most 32 and the model's own if left out.",
     )
     width: int | None = Field(
-        None, ge=2, description="Latent columns of the traced shape; as for the height if left out."
+        default=None, ge=2, description="Latent columns of the traced shape; as for the height if left out."
     )
-    sequence: int = Field(24, ge=2, description="Text tokens of the traced shape. The file takes any number.")
+    sequence: int = Field(default=24, ge=2, description="Text tokens of the traced shape. The file takes any number.")
 
     def available(self) -> str | None:
         """None if onnx, onnxruntime and onnxscript are installed, else how to install them."""
         missing = [name for name in PACKAGES if find_spec(name) is None]
         if not missing:
             return None
-        return f'exporter onnx: needs {", ".join(missing)}; pip install "diffusion-compressor[onnx]"'
+        return f'onnx needs {", ".join(missing)}; pip install "diffusion-compressor[onnx]"'
 
     def export(self, pipeline: Pipeline, folder: Path) -> Export:
         """Writes `<component>/model.onnx` and the component's `config.json`, then proves the file.
@@ -78,6 +82,7 @@ class ONNX(Exporter):
 
         import torch
 
+        from compressor.structure.family import like
         from compressor_onnx import check, graph, sparse
 
         dtype = getattr(torch, self.dtype)
@@ -89,21 +94,22 @@ class ONNX(Exporter):
         network = graph.copy_of(pipeline.module, dtype)
         network.save_config(target)
         graph.write(network, pipeline.family, shape, dtype, self.opset, file)
+        label = f"{pipeline.component_name}/{file.name}"
+        opset = check.opset(file, self.opset, label)
 
         reference = network
-        if next(p for p in pipeline.module.parameters() if p.is_floating_point()).dtype is torch.float32:
+        if like(pipeline.module)[1] is torch.float32:
             reference = graph.copy_of(pipeline.module, torch.float32)
         del network
-        label = f"{pipeline.component_name}/{file.name}"
         runtime = check.load(file, label)
         numeric = [
             check.compare(runtime, reference, pipeline.family, s, dtype, tolerance, label)
             for s in (shape, graph.other_shape(pipeline.module, shape))
         ]
         checks = {
-            "opset": check.opset(file, self.opset, label),
+            "opset": opset,
             "dtype": self.dtype,
-            "reference": f"torch {next(reference.parameters()).dtype} on the CPU".replace("torch.", ""),
+            "reference": f"{like(reference)[1]} on the CPU",
             "tolerance": tolerance,
             "numeric": numeric,
             **sparse.verify(file, pipeline.targets, label),

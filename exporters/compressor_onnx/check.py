@@ -12,6 +12,7 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.structure import Family
+from compressor.structure.family import like
 from compressor_onnx.graph import Positional, Shape, example
 
 
@@ -56,7 +57,7 @@ def compare(
         CompressorError: if the file does not run, its output is not finite or of another shape, or it differs by more.
     """
     inputs = example(family, reference, shape, dtype, seed=1)
-    wide = next(p for p in reference.parameters() if p.is_floating_point()).dtype
+    _, wide = like(reference)
     arguments = [tensor.to(wide) if tensor.dtype is dtype else tensor for tensor in inputs.values()]
     with torch.no_grad():
         expected = Positional(reference, tuple(inputs))(*arguments).double()

@@ -29,6 +29,12 @@ FLOAT32_INPUTS = frozenset({"timestep", "guidance", "time_ids", "img_ids", "txt_
 
 _TRACED_SIDE = 32
 
+_CHATTER = {
+    "torch.onnx._internal.exporter._registration": logging.ERROR,  # "torchvision is not installed"
+    "onnxscript.version_converter": logging.CRITICAL,  # what comes of a failure is an opset that `check.opset` refuses
+}
+"""Loggers that are held back while torch exports, and up to where."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -74,7 +80,7 @@ def traced_shape(network: Any, batch: int, height: int | None, width: int | None
         if side % unit or not 2 * unit <= side <= most:
             limit = f" and at most {most}" if side > most else ""
             raise CompressorError(
-                f"exporter onnx: {name} {side} does not suit this {type(network).__name__}; "
+                f"{name} {side} does not suit this {type(network).__name__}; "
                 f"should be a multiple of {unit}, at least {2 * unit}{limit}"
             )
     return Shape(batch, sides["height"], sides["width"], sequence)
@@ -185,7 +191,7 @@ def write(network: Any, family: Family, shape: Shape, dtype: torch.dtype, opset:
     except (torch.onnx.errors.OnnxExporterError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise CompressorError(
-            f"exporter onnx: torch cannot export this {type(network).__name__} at {shape}"
+            f"torch cannot export this {type(network).__name__} at {shape}"
             f"{'' if opset is None else f', opset {opset}'}: {reason}"
         ) from error
     assert program is not None  # only without dynamo
@@ -230,13 +236,14 @@ def _dynamic_axes(family: Family, network: Any, shape: Shape) -> tuple[dict[int,
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Holds back what torch's exporter says of its own inside, and nothing else."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {name: logging.getLogger(name).level for name in _CHATTER}
+    for name, level in _CHATTER.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
             warnings.filterwarnings("ignore", r"# The axis name: \w+ will not be used", UserWarning)  # one name twice
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

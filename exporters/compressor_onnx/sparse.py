@@ -21,7 +21,7 @@ from compressor.structure import Target
 from compressor_onnx.graph import ROOT
 from compressor_onnx.mend import SCOPES
 
-_GROUPS = (4, 2, 8, 16, 32, *(m for m in range(3, 32) if m & (m - 1)))  # 4 first: hardware knows 2:4
+_MOST = 32
 _FULL = 0.9
 
 
@@ -35,13 +35,13 @@ def verify(file: Path, targets: Sequence[Target], label: str) -> dict[str, Any]:
 
     Returns:
         `targets`, how many there are; `mapped`, how many have a node in the file; `sparse`, for each N:M sparse layer
-        its name, `keep` (N), `of` (M) and `holds`.
+        by name its `pattern` and that it `holds`.
 
     Raises:
         CompressorError: naming the first layer whose pattern is lost, or that the file has no weight for.
     """
     nodes = linears(ir.load(file))
-    found: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     for target in targets:
         kept = pattern(target.module.weight.detach())
         if kept is None:
@@ -60,7 +60,7 @@ def verify(file: Path, targets: Sequence[Target], label: str) -> dict[str, Any]:
                     f"{label}: {target.name}: keeps {keep} of {of} inputs in torch and not in the file along the "
                     "reduction axis; sparse kernels would not take it"
                 )
-        found.append({"layer": target.name, "keep": keep, "of": of, "holds": True})
+        found[target.name] = {"pattern": f"{keep}:{of}", "holds": True}
     mapped = sum(target.name in nodes for target in targets)
     return {"targets": len(targets), "mapped": mapped, "sparse": found}
 
@@ -69,20 +69,21 @@ def pattern(weight_OI: Tensor) -> tuple[int, int] | None:
     """The N:M (keep, of) that a weight was pruned to, or None.
 
     At most N of every M consecutive inputs are non-zero. To tell it from zeros that fell so by chance, which they do
-    for a large M, nine of ten such places must be taken; 1:4 and 2:4 count in any case. M is looked for up to 32.
+    for a large M, nine of ten such places must be taken; 1:4 and 2:4 count in any case, since hardware knows them. Of
+    several patterns it is the one with the most places taken, then the shortest. M is looked for up to 32.
     """
     outputs, inputs = weight_OI.shape
-    for of in _GROUPS:
-        if inputs % of:
-            continue
+    best: tuple[float, int, int] | None = None
+    for of in (m for m in range(2, _MOST + 1) if inputs % m == 0):
         if _largest(weight_OI[:16], of) == of:
             continue  # dense: the first rows tell
         keep = _largest(weight_OI, of)
-        if 0 < keep < of:
-            filled = int((weight_OI != 0).sum()) / (outputs * inputs // of * keep)
-            if filled >= _FULL or (of == 4 and keep <= 2):
-                return keep, of
-    return None
+        if not 0 < keep < of:
+            continue
+        filled = int((weight_OI != 0).sum()) / (outputs * (inputs // of) * keep)
+        if (filled >= _FULL or (of == 4 and keep <= 2)) and (best is None or filled > best[0]):
+            best = filled, keep, of
+    return best and best[1:]
 
 
 def linears(model: ir.Model) -> dict[str, list[ir.Node]]:
