@@ -112,15 +112,19 @@ class Calibration(Options):
 class Targets(Options):
     """Which linear layers are pruned, by role, by name, or by `re:` and a regular expression on the name."""
 
-    include: tuple[str, ...] = Field(default=("attention", "feed_forward"), strict=False)
-    exclude: tuple[str, ...] = Field(default=(), strict=False)
+    include: tuple[str, ...] = Field(
+        default=("attention", "feed_forward"), strict=False, description="a layer is taken if any of these matches it"
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), strict=False, description="and left out again if any of these matches it"
+    )
 
 
 class Pruning(Options):
     """One pruner and the layers it is given."""
 
-    pruner: Annotated[Pruner, Choice("pruner")]
-    targets: Targets = Targets()
+    pruner: Annotated[Pruner, Choice("pruner")] = Field(description="the plugin; its own name is the key")
+    targets: Targets = Field(default=Targets(), description="the layers")
 
     @model_validator(mode="before")
     @classmethod
@@ -141,8 +145,8 @@ class Report(Options):
     prompts: Prompts | None = Field(default=None, description="the calibration's prompts if not given")
     images: int = Field(default=8, ge=0, description="pairs of images drawn dense and pruned from equal noise")
     steps: int = Field(default=25, ge=1, description="inference steps an image")
-    guidance: float = Field(default=7.0, ge=0)
-    batch: int = Field(default=4, ge=1)
+    guidance: float = Field(default=7.0, ge=0, description="classifier-free guidance scale")
+    batch: int = Field(default=4, ge=1, description="images at a time; halved when memory runs out")
     metrics: tuple[Annotated[Metric, Choice("metric")], ...] | None = Field(
         default=None, strict=False, description="every installed metric that applies to the model, if not given"
     )
@@ -151,13 +155,17 @@ class Report(Options):
 class Recipe(Options):
     """The whole of a recipe."""
 
-    model: Annotated[Model, _named("source")]
+    model: Annotated[Model, _named("source")] = Field(description="the pipeline; a bare string is its source")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, ...")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the noise and of the choice of prompts")
-    calibration: Calibration | None = None
-    prune: tuple[Pruning, ...] = Field(strict=False, min_length=1)
-    report: Report = Report()
-    export: tuple[Annotated[Exporter, Choice("exporter")], ...] = Field(default=(), strict=False)
+    calibration: Calibration | None = Field(
+        default=None, description="how the layers' inputs are gathered; may be left out if no pruner needs them"
+    )
+    prune: tuple[Pruning, ...] = Field(strict=False, min_length=1, description="one pruner after another")
+    report: Report = Field(default=Report(), description="what the report shows")
+    export: tuple[Annotated[Exporter, Choice("exporter")], ...] = Field(
+        default=(), strict=False, description="one exporter after another, each into a folder of its name in the output"
+    )
     output: str = Field(description="the folder to write, relative to where the command is run")
 
     @model_validator(mode="after")

@@ -20,7 +20,9 @@ class Magnitude(Pruner):
     """Removes the smallest weights of every layer; needs no calibration and no time."""
 
     sparsity: float | None = Field(default=None, gt=0, lt=1, description="the share of each layer's weights to remove")
-    granularity: Annotated[Granularity, Choice("granularity")] = Field(default="unstructured", validate_default=True)
+    granularity: Annotated[Granularity, Choice("granularity")] = Field(
+        default="unstructured", validate_default=True, description="which weights stand or fall together"
+    )
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Any:

@@ -21,8 +21,12 @@ class OBSDiff(Pruner):
     moments: ClassVar[MomentKind] = "second"
 
     sparsity: float | None = Field(default=None, gt=0, lt=1, description="the share of each layer's weights to remove")
-    granularity: Annotated[Granularity, Choice("granularity")] = Field(default="unstructured", validate_default=True)
-    weighting: Annotated[Weighting, Choice("weighting")] = Field(default="log_decrease", validate_default=True)
+    granularity: Annotated[Granularity, Choice("granularity")] = Field(
+        default="unstructured", validate_default=True, description="which weights stand or fall together"
+    )
+    weighting: Annotated[Weighting, Choice("weighting")] = Field(
+        default="log_decrease", validate_default=True, description="how much each inference step counts"
+    )
     damping: float = Field(
         default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
     )

@@ -28,8 +28,12 @@ class Wanda(Pruner):
     sparsity: float | None = Field(
         default=None, gt=0, lt=1, description="the share of each row's weights to remove, rounded down"
     )
-    granularity: Annotated[Granularity, Choice("granularity")] = Field(default="unstructured", validate_default=True)
-    weighting: Annotated[Weighting, Choice("weighting")] = Field(default="uniform", validate_default=True)
+    granularity: Annotated[Granularity, Choice("granularity")] = Field(
+        default="unstructured", validate_default=True, description="which weights stand or fall together"
+    )
+    weighting: Annotated[Weighting, Choice("weighting")] = Field(
+        default="uniform", validate_default=True, description="how much each inference step counts"
+    )
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Any:
