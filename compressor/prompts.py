@@ -27,13 +27,13 @@ def read(prompts: Prompts, use: Literal["calibration", "evaluation"]) -> tuple[s
         origin = f"builtin:{prompts.builtin}"
     elif prompts.file is not None:
         found = _read_file(Path(prompts.file), prompts.column)
-        origin = prompts.file
+        origin = prompts.file if prompts.column is None else f"{prompts.file} (column '{prompts.column}')"
     else:
         found = list(prompts.texts or ())
         origin = "the recipe's list"
     kept = tuple(text for text in (line.strip() for line in found) if text)
     if not kept:
-        raise CompressorError(f"prompts: {origin} holds no prompts; should hold at least one, one a line")
+        raise CompressorError(f"prompts: {origin} holds no prompts; should hold at least one")
     return kept
 
 
@@ -52,12 +52,18 @@ def _read_file(file: Path, column: str | None) -> list[str]:
                 return stream.read().splitlines()
             rows = csv.DictReader(stream, delimiter=table)
             header = list(rows.fieldnames or [])
+            if not header:
+                raise CompressorError(f"prompts: {file} is empty; should be a table with a line of column names")
             if column is None:
                 raise CompressorError(f"prompts: {file} is a table; column should say which of {', '.join(header)}")
             if column not in header:
-                raise CompressorError(f"prompts: {file} has no column '{column}'; it has {', '.join(header) or 'none'}")
+                raise CompressorError(f"prompts: {file} has no column '{column}'; it has {', '.join(header)}")
             return [row[column] or "" for row in rows]
     except FileNotFoundError:
         raise CompressorError(f"prompts: no such file: {file}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CompressorError(f"prompts: {file} cannot be read: {error}") from None
+    except OSError as error:
+        raise CompressorError(f"prompts: {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CompressorError(f"prompts: {file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except csv.Error as error:
+        raise CompressorError(f"prompts: {file} is no table that can be read: {error}") from None
