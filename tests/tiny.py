@@ -1,0 +1,292 @@
+"""Small random pipelines of every family, saved as diffusers folders: what the tests prune."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import io
+import shutil
+import string
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from compressor import calibration, pipeline, recipe
+from compressor.pipeline import Pipeline
+from compressor.progress import Progress
+from compressor.recipe import Model
+from compressor.structure import Component, Trace, trace
+
+diffusers: Any = import_module("diffusers")  # their classes are not exported in a way that type checkers see
+transformers: Any = import_module("transformers")
+
+PROMPTS = ("a red dog", "a cat", "the old house", "big tree", "blue sea", "a fish", "two birds", "rain")
+SIDE = 16
+"""Pixels of an image, either way; latents are half as large."""
+CLIP_TOKENS = 16
+TEXT_WIDTH = 32
+
+
+def folder(kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    """The folder of a tiny pipeline, made at the first call in this process. Not to be changed.
+
+    Args:
+        kind: a key of `KINDS`.
+        dtype: of the saved weights.
+    """
+    return _folder(kind, dtype)
+
+
+def save(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Saves a tiny pipeline with the same random weights every time, and returns the folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = KINDS[kind]()
+        for name, component in pipe.components.items():
+            if name in ("transformer", "unet"):
+                _enlarge(component)
+    if dtype != torch.float32:
+        pipe.to(dtype)
+    pipe.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def load(kind: str, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """A tiny pipeline, loaded anew onto the CPU."""
+    return pipeline.load(Model(source=str(folder(kind, dtype))), "cpu")
+
+
+def calibrate(
+    loaded: Pipeline, texts: tuple[str, ...] = PROMPTS[:3], seed: int = 0, **options: Any
+) -> calibration.Calibration:
+    """A calibration of a loaded pipeline; `options` are a recipe's; two steps, two prompts at a time if not given."""
+    given = {"steps": 2, "batch": 2, "guidance": 3.0, "height": SIDE, "width": SIDE} | options
+    checked = recipe.Calibration.model_validate({"prompts": list(texts), **given})
+    return calibration.Calibration(loaded, traced(loaded), checked, texts, seed, quiet())
+
+
+def traced(loaded: Pipeline) -> Trace:
+    """One forward of the network's meta-device twin at the size that the tests draw at."""
+    found = loaded.folder
+    side = SIDE // found.vae_factor
+    return trace(found.twin(), found.family, height=side, width=side, sequence=found.text_tokens)
+
+
+def component(loaded: Pipeline) -> Component:
+    """All the layers of a loaded pipeline, for a pruner."""
+    return Component(loaded.component_name, loaded.module, loaded.family, loaded.targets)
+
+
+def quiet() -> Progress:
+    """Progress that nobody sees."""
+    return Progress(Console(file=io.StringIO()))
+
+
+@functools.cache
+def _folder(kind: str, dtype: torch.dtype) -> Path:
+    path = Path(tempfile.mkdtemp(prefix="tiny-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return save(kind, path / kind, dtype)
+
+
+def _enlarge(network: nn.Module) -> None:
+    """Gives biases and zero-initialised layers values, so that every layer matters to the output."""
+    for parameter in network.parameters():
+        if parameter.ndim == 1 or not parameter.any():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def sd3() -> Any:
+    """SD3-medium in small: two blocks, no T5; with the qk-norm of SD3.5."""
+    return _sd3()
+
+
+def sd35() -> Any:
+    """SD3.5-medium in small: the first of two blocks has a second attention over the image."""
+    return _sd3(dual_attention_layers=(0,))
+
+
+def _sd3(**settings: Any) -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        **settings,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(4),
+        text_encoder=_clip(projected=True),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def sd2() -> Any:
+    """SD 2.1 in small: transformer blocks on the way down, in the middle and on the way up."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=4,
+        use_linear_projection=True,
+    )
+    return diffusers.StableDiffusionPipeline(
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            set_alpha_to_one=False,
+            steps_offset=1,
+            clip_sample=False,
+        ),
+        vae=_vae(4),
+        text_encoder=_clip(projected=False),
+        tokenizer=_clip_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> Any:
+    """SDXL in small: two text encoders, size conditioning, and two transformer blocks in a row."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=2 * TEXT_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+        norm_num_groups=4,
+        use_linear_projection=True,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        vae=_vae(4),
+        text_encoder=_clip(projected=False),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_clip_tokenizer(),
+    )
+
+
+def flux() -> Any:
+    """FLUX.1-dev in small: one double and two single blocks, guidance embedded, CLIP and T5."""
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_vae(4),
+        text_encoder=_clip(projected=False),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=_t5_tokenizer(),
+    )
+
+
+KINDS: dict[str, Callable[[], Any]] = {"sd3": sd3, "sd35": sd35, "sd2": sd2, "sdxl": sdxl, "flux": flux}
+FAMILY = {"sd3": "sd3", "sd35": "sd3", "sd2": "unet", "sdxl": "unet", "flux": "flux"}
+NETWORK = {"sd3": "transformer", "sd35": "transformer", "sd2": "unet", "sdxl": "unet", "flux": "transformer"}
+
+
+def _vae(channels: int) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.0,
+    )
+
+
+def _clip(*, projected: bool) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_TOKENS,
+        projection_dim=TEXT_WIDTH,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    model = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return model(config)
+
+
+def _clip_tokenizer() -> Any:
+    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
+    vocab = {letter: i for i, letter in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CLIP_TOKENS)
+
+
+def _t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=32,
+        d_model=TEXT_WIDTH,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def _t5_tokenizer() -> Any:
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *string.ascii_lowercase])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
