@@ -1,69 +1,66 @@
-"""The pipelines that come with the package: `builtin:NAME` in a recipe. Imports no torch."""
+"""The pipelines that ship with the package: finds their folders by name, and makes sure that no weights file is damaged.
+
+Imports neither torch nor diffusers, so that a recipe can be checked at once.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 from compressor.errors import CompressorError
-from compressor.options import suggest
 
 _SHAPES = Path(__file__).parent / "shapes"
 
 
 def names() -> tuple[str, ...]:
-    """The known names."""
-    return tuple(_index()["pipelines"])
+    """The built-in pipelines, as they are written after `builtin:`."""
+    return tuple(sorted(_index(_SHAPES)["pipelines"]))
 
 
 def path(name: str) -> Path:
-    """The diffusers folder of a built-in pipeline, after holding each of its weights files against its hash.
+    """The diffusers folder of a built-in pipeline, after every weights file in it was checked against its hash.
+
+    Args:
+        name: One of `names()`.
 
     Raises:
-        CompressorError: for an unknown name, or a file that is missing or damaged.
+        CompressorError: There is no such pipeline, or one of its weights files is damaged or missing.
     """
-    _check_name(name)
-    folder = _SHAPES / _index()["pipelines"][name]
-    for file in _index()["sha256"]:
-        if file.startswith(f"{folder.name}/"):
-            verified(file)
-    return folder
+    known = names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise CompressorError(f"no built-in pipeline named {name!r}{hint} known: {', '.join(known)}")
+    folder = _index(_SHAPES)["pipelines"][name]
+    verify(_SHAPES, folder)
+    return _SHAPES / folder
 
 
-def verified(file: str) -> Path:
-    """A shipped weights file, by its path inside the `shapes` folder, after holding it against its recorded hash.
+def verify(root: Path, within: str) -> None:
+    """Checks weights against the hashes shipped beside them.
+
+    Args:
+        root: A folder with `hashes.json`, which lists files by their path from there.
+        within: The folder or file under `root` that is to be checked.
 
     Raises:
-        CompressorError: naming the file if it is missing or damaged.
+        CompressorError: A listed file is damaged or missing.
     """
-    expected, full = _index()["sha256"][file], _SHAPES / file
-    if not full.is_file():
-        raise CompressorError(f"{full}: missing; install the package again")
-    with full.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
-        raise CompressorError(f"{full}: damaged: expected sha256 {expected}, found {found}; install the package again")
-    return full
+    for relative, expected in _index(root)["sha256"].items():
+        if relative != within and not relative.startswith(within + "/"):
+            continue
+        file = root / relative
+        if not file.is_file():
+            raise CompressorError(f"{file}: weights file is missing; expected one with sha256 {expected}")
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != expected:
+            raise CompressorError(
+                f"{file}: weights file is damaged; found sha256 {found}, expected {expected}; install the package anew"
+            )
 
 
-def prompts(name: str, use: Literal["calibration", "evaluation"]) -> list[str]:
-    """The captions of a built-in pipeline: one list to calibrate with, and another, disjoint one to judge by.
-
-    Raises:
-        CompressorError: for an unknown name.
-    """
-    _check_name(name)
-    return (_SHAPES / "data" / f"{use}.txt").read_text(encoding="utf-8").splitlines()
-
-
-def _check_name(name: str) -> None:
-    if name not in names():
-        raise CompressorError(
-            f"no built-in pipeline named '{name}'{suggest(name, names())}; known: {', '.join(names())}"
-        )
-
-
-def _index() -> dict[str, dict[str, str]]:
-    return json.loads((_SHAPES / "hashes.json").read_text(encoding="utf-8"))
+def _index(root: Path) -> dict[str, dict[str, str]]:
+    return json.loads((root / "hashes.json").read_text(encoding="utf-8"))
