@@ -191,6 +191,7 @@ def generate(
 
     quiet.silence_libraries()
     pipeline = checkpoint.load(folder, device)
+    pipeline.folder.check_size(height, width, "--")
     encoded = encode(pipeline, chosen, guidance, seed, "pictures")
     images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, Progress(), "drawing")
     out.mkdir(parents=True, exist_ok=True)

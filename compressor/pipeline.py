@@ -7,10 +7,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -61,7 +63,7 @@ class Folder:
     def text_tokens(self) -> int:
         """Text tokens that the network is given for a prompt."""
         tokenizer = self.path / "tokenizer" / "tokenizer_config.json"
-        clip = min(_read_json(tokenizer).get("model_max_length", 77), 512) if tokenizer.is_file() else 77
+        clip = min(_read_json(tokenizer).get("model_max_length") or 77, 512) if tokenizer.is_file() else 77
         if self.family.name == "sd3":
             return clip + 256  # zeros where there is no T5
         return 512 if self.family.name == "flux" else clip
@@ -72,11 +74,41 @@ class Folder:
         size = self.config(self.network).get("sample_size") or 128
         return int(size if isinstance(size, int) else size[0]) * self.vae_factor
 
+    def check_size(self, height: int | None, width: int | None, where: str) -> None:
+        """Refuses a size in pixels that the network cannot draw.
+
+        Args:
+            height: None for the default.
+            width: None for the default.
+            where: put before the name in the error, as `calibration.`.
+
+        Raises:
+            CompressorError: if one is no multiple of what the network needs, or too large for it.
+        """
+        step = max(8, self.vae_factor) if self.family.name == "unet" else 2 * self.vae_factor
+        most = (self.config(self.network).get("pos_embed_max_size") or 0) * 2 * self.vae_factor
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and value % step:
+                raise CompressorError(f"{where}{name}: should be a multiple of {step} pixels, found {value}")
+            if value is not None and most and value > most:
+                raise CompressorError(f"{where}{name}: should be at most {most} pixels, found {value}")
+
     def twin(self) -> nn.Module:
-        """The network on the meta device: every shape, no memory."""
+        """The network on the meta device: every shape, no memory.
+
+        Raises:
+            CompressorError: if diffusers cannot make it from its config.
+        """
         cls = getattr(diffusers, self.family.component_class)
-        with torch.device("meta"):
-            return cls.from_config(self.config(self.network)).eval()
+        config = self.config(self.network)
+        try:
+            with torch.device("meta"):
+                return cls.from_config(config).eval()
+        except Exception as error:  # whatever a config of wrong values makes diffusers stumble over
+            raise CompressorError(
+                f"{self.path / self.network / 'config.json'}: diffusers cannot make a {self.family.component_class} "
+                f"of it: {_first_line(error)}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -127,21 +159,21 @@ def open_folder(model: Model) -> Folder:
     if not index_file.is_file():
         raise CompressorError(f"{path}: should be a diffusers folder with a model_index.json, found none")
     index = _read_json(index_file)
-    entries = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2}
+    entries = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
     absent = tuple(name for name, entry in entries.items() if entry[1] is None)
     present = tuple(name for name in entries if name not in absent)
     networks = [name for name in present if name in NETWORKS]
-    network = model.component or (networks[0] if len(networks) == 1 else None)
-    if network is None:
-        raise CompressorError(
-            f"{path}: model.component should say which network to change; found {', '.join(networks) or 'neither'} "
-            f"of {' and '.join(NETWORKS)} among {', '.join(present)}"
-        )
+    if not model.component and not networks:
+        raise CompressorError(f"{path}: should have a transformer or a unet, found {', '.join(present) or 'nothing'}")
+    if not model.component and len(networks) > 1:
+        raise CompressorError(f"{path}: model.component should say which to change, {' or '.join(networks)}")
+    network = model.component or networks[0]
     if network not in present:
         raise CompressorError(f"{path}: the pipeline has no component '{network}'; it has {', '.join(present)}")
-    return Folder(
-        path, model.source, index.get("_class_name", "?"), present, absent, network, _find_family(entries[network][1])
-    )
+    family = _find_family(entries[network][1])
+    folder = Folder(path, model.source, str(index.get("_class_name")), present, absent, network, family)
+    folder.config(network)
+    return folder
 
 
 def load(model: Model, device: str) -> Pipeline:
@@ -156,12 +188,17 @@ def load(model: Model, device: str) -> Pipeline:
     """
     target = pick_device(device)
     folder = open_folder(model)
+    for name in folder.components:
+        if not (folder.path / name).is_dir():
+            raise CompressorError(f"{folder.path / name}: no such folder, though model_index.json lists this component")
     stored = {
-        name: _check_weights(folder.path / name, model.variant) for name in folder.components if _is_model(folder, name)
+        name: _check_weights(folder.path / name, model.variant, needed=name == folder.network)
+        for name in folder.components
+        if _is_model(folder, name)
     }
     dtype = _compute_dtype(model.dtype, target, stored[folder.network])
     pipe_class = getattr(diffusers, folder.pipeline_class, None)
-    if pipe_class is None:
+    if not (isinstance(pipe_class, type) and issubclass(pipe_class, DiffusionPipeline)):
         raise CompressorError(
             f"{folder.path}: diffusers {diffusers.__version__} has no pipeline class '{folder.pipeline_class}'"
         )
@@ -169,15 +206,17 @@ def load(model: Model, device: str) -> Pipeline:
         pipe = pipe_class.from_pretrained(
             folder.path,
             use_safetensors=True,
-            variant=model.variant,
+            variant=model.variant or None,
             dtype=dtype,
             **dict.fromkeys(folder.absent),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CompressorError(f"{folder.path}: diffusers cannot load this pipeline: {error}") from error
+    except Exception as error:  # whatever a folder of wrong values makes diffusers or transformers stumble over
+        raise CompressorError(f"{folder.path}: diffusers cannot load this pipeline: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     for name in stored:
-        getattr(pipe, name).eval().requires_grad_(False)
+        component = getattr(pipe, name).eval().requires_grad_(False)
+        if missing := [key for key, tensor in component.state_dict().items() if tensor.is_meta]:
+            raise CompressorError(f"{folder.path / name}: its weights lack {len(missing)} tensors, first {missing[0]}")
     pipe.to(target)
     module = getattr(pipe, folder.network)
     return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype)
@@ -194,9 +233,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise CompressorError(f"device: '{name}' cannot be used: {first}") from None
+    except Exception as error:  # each backend that is not there says so in its own way
+        raise CompressorError(f"device: '{name}' cannot be used: {_first_line(error).split('. ')[0]}") from None
+    if device.type == "meta":
+        raise CompressorError("device: 'meta' cannot be used: it computes nothing")
     return device
 
 
@@ -216,7 +256,7 @@ def _locate(model: Model) -> Path:
         raise CompressorError(f"model.source: no folder '{source}', and it is no hub id of the form org/name")
     try:
         return Path(
-            diffusers.DiffusionPipeline.download(source, use_safetensors=True, variant=model.variant)  # pyright: ignore
+            DiffusionPipeline.download(source, use_safetensors=True, variant=model.variant or None)  # pyright: ignore
         )
     except Exception as error:  # the hub client raises many kinds; each means that there is no model
         raise CompressorError(
@@ -237,11 +277,18 @@ def _is_model(folder: Folder, name: str) -> bool:
     return (folder.path / name / "config.json").is_file()
 
 
-def _check_weights(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    """Reads the headers of a component's weights; nothing is unpickled."""
+def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[str, torch.dtype]:
+    """Reads the headers of a component's weights; nothing is unpickled.
+
+    A component without weights of the variant falls back to its plain ones, unless they are `needed`.
+    """
     files = sorted(folder.glob("*.safetensors"))
     marked = [f for f in files if variant and f".{variant}" in f.name]
     plain = [f for f in files if re.fullmatch(r"[\w-]+\.safetensors", f.name)]
+    if needed and plain and variant and not marked:
+        raise CompressorError(
+            f"{folder}: holds no weights of variant '{variant}'; found {', '.join(f.name for f in plain)}"
+        )
     files = marked or plain
     if not files:
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES) if folder.is_dir() else []
@@ -279,12 +326,15 @@ def _of_variant(variant: str | None) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CompressorError(f"{file}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CompressorError(f"{file}: not readable as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CompressorError(f"{file}: should hold a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 300, placeholder=" ...")

@@ -98,9 +98,9 @@ def prepare(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress, 
         _check_exporters(recipe)
         folder = pipelines.open_folder(recipe.model)
         checkpoint.claim(output, folder.path, overwrite)
+        seen = trace_at(recipe, folder)
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device)
-        seen = trace_at(recipe, folder)
         entries = tuple(_enter(f"prune[{i}]", entry, pipeline) for i, entry in enumerate(recipe.prune))
     with watch.phase("encode"):
         encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures")
@@ -120,8 +120,14 @@ def trace_at(recipe: Recipe, folder: pipelines.Folder) -> Trace:
 
 
 def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
-    """Height and width of images in pixels."""
+    """Height and width of images in pixels.
+
+    Raises:
+        CompressorError: if the network cannot draw at the size that the recipe gives.
+    """
     given = recipe.calibration
+    if given is not None:
+        folder.check_size(given.height, given.width, "calibration.")
     return (
         (given.height if given else None) or folder.default_size,
         (given.width if given else None) or folder.default_size,
