@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ FORMAT = 1
 def claim(output: Path, source: Path | None, overwrite: bool) -> None:
     """Makes sure, before any work is done, that the result may be written to this folder.
 
-    A folder that holds an earlier result is replaced; any other that is not empty is left alone unless told otherwise.
+    A folder that holds an earlier result and nothing else is replaced; any other that is not empty is left alone unless
+    told otherwise.
 
     Args:
         output: the folder to write.
@@ -46,17 +50,17 @@ def claim(output: Path, source: Path | None, overwrite: bool) -> None:
             raise CompressorError(f"output: {output} holds {name} and would be replaced; choose another folder")
     if output.exists() and not output.is_dir():
         raise CompressorError(f"output: {output} is a file; should be a folder to write")
-    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file() and not overwrite:
+    if output.is_dir() and not overwrite and (stranger := _find_stranger(output)) is not None:
         raise CompressorError(
-            f"output: {output} exists and is no earlier result (it has no {RECORD}); choose another folder, or give "
-            "--overwrite to replace it and all that it holds"
+            f"output: {output} exists and is no earlier result, or not only that: it holds {stranger}; choose another "
+            "folder, or give --overwrite to replace it and all that it holds"
         )
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent):
             pass
     except OSError as error:
-        raise CompressorError(f"output: {output.parent} cannot be written: {error.strerror}") from None
+        raise CompressorError(f"output: {target.parent} cannot be written: {error.strerror}") from None
 
 
 @torch.no_grad()
@@ -77,6 +81,7 @@ def save(pipeline: Pipeline, output: Path, record: dict[str, Any]) -> None:
     Raises:
         CompressorError: if the disk is full or not writable, or the saved network does not compute the same bits.
     """
+    output = output.resolve()
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         try:
@@ -88,12 +93,14 @@ def save(pipeline: Pipeline, output: Path, record: dict[str, Any]) -> None:
             if not _is_io(error):
                 raise
             kept = f"; the earlier result in {output} is intact" if output.exists() else ""
-            raise CompressorError(f"the result cannot be written beside {output}: {error}{kept}") from error
+            raise CompressorError(f"the result cannot be written to {output}: {error}{kept}") from error
         _prove(pipeline, beside)
         beside.chmod(0o755)
-        _swap(beside, output)
+        with _interrupts_held():
+            _swap(beside, output)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with _interrupts_held():
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Pipeline:
@@ -129,7 +136,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise CompressorError(f"{file}: should be of format {FORMAT}, found {version}; update the package")
     root = folder.resolve()
     for name, expected in files:
-        path = (root / name).resolve()
+        path = (root / name.replace("\0", "?")).resolve()
         if root not in path.parents:
             raise CompressorError(f"{file}: names a file outside its folder: {name}")
         if not path.is_file():
@@ -217,18 +224,48 @@ def _prove(pipeline: Pipeline, folder: Path) -> None:
 
 
 def _swap(new: Path, output: Path) -> None:
-    old = None
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-        output.rename(old / output.name)
+    """Puts a folder in the place of another; if that fails, the old one is back."""
+    if not output.exists():
+        new.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    old = aside / output.name
+    output.rename(old)
     try:
         new.rename(output)
     except OSError:
-        if old is not None:
-            (old / output.name).rename(output)
+        old.rename(output)
         raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _find_stranger(output: Path) -> str | None:
+    """Something in a folder that no run put there, or None if all of it is an earlier result."""
+    held = sorted(path.name for path in output.iterdir())
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        ours = {name.partition("/")[0] for name in record["files"]} | {RECORD, "report.json", "report.html"}
+        ours |= {name for exporter in record["recipe"]["export"] for name in exporter}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ours = set()
+    return next((name for name in held if name not in ours), None)
 
 
 def _is_io(error: Exception) -> bool:

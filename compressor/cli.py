@@ -34,6 +34,11 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             ctx.exit(130)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            click.echo(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,21 +57,20 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
     RECIPE is a YAML file, or the name of one that came with the package (see `compressor recipes`).
     """
     loaded = recipe.load(recipe_file, overrides)
-    from compressor import quiet
-    from compressor.progress import Progress
-    from compressor.run import run as run_recipe
-
-    quiet.silence_libraries()
-    progress = Progress()
     output = Path(loaded.output)
     before = _stamp(output)
     try:
-        run_recipe(loaded, progress, overwrite=overwrite)
+        from compressor import quiet
+        from compressor.progress import Progress
+        from compressor.run import run as run_recipe
+
+        quiet.silence_libraries()
+        run_recipe(loaded, Progress(), overwrite=overwrite)
     except KeyboardInterrupt:
         if _stamp(output) != before:
             kept = f"the pruned pipeline in {output} is complete; what was to follow is not"
         elif before is not None:
-            kept = f"nothing new was kept; the earlier contents of {output} are as they were"
+            kept = f"nothing new was kept; the earlier result in {output} is as it was"
         else:
             kept = "nothing was kept"
         click.echo(f"\ninterrupted: {kept}", err=True)
@@ -165,7 +169,7 @@ def recipes(name: str | None) -> None:
 @click.option("--height", type=click.IntRange(8), help="Pixels; the pipeline's default if not given.")
 @click.option("--width", type=click.IntRange(8), help="Pixels; the pipeline's default if not given.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Images at a time.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the noise.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of the noise.")
 @click.option("--device", default="auto", show_default=True)
 def generate(
     folder: Path,
@@ -223,5 +227,5 @@ def _stamp(output: Path) -> int | None:
     record = output / "compression.json"
     try:
         return record.stat().st_ino
-    except FileNotFoundError:
+    except OSError:
         return None

@@ -169,6 +169,14 @@ class Recipe(Options):
     output: str = Field(description="the folder to write, relative to where the command is run")
 
     @model_validator(mode="after")
+    def _check_exports(self) -> Recipe:
+        names = [Choice("exporter").name(exporter) for exporter in self.export]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"export names {name} twice; each exporter writes one folder, called like itself")
+        return self
+
+    @model_validator(mode="after")
     def _check_calibration(self) -> Recipe:
         for i, entry in enumerate(self.prune):
             if entry.pruner.moments != "none" and self.calibration is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from compressor import checkpoint, measure, report
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
+from compressor.plugin import Samples
 from compressor.prepare import Prepared, prepare
 from compressor.progress import Progress
 from compressor.pruning import prune
@@ -57,12 +59,12 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
         figures, notes = report.measure(job.metrics, pairs) if pairs else ({}, ())
         after = measure.size(pipeline.module, job.trace, output / pipeline.component_name)
     facts = _facts(job, rows, report.Sizes(before, after), watch, figures, notes)
-    report.write(facts, pairs, output)
+    _tell(facts, pairs, output)
 
     if recipe.export:
         exports = _export(recipe, output, watch, progress)
         facts = replace(facts, exports=exports, times=dict(watch.seconds), peak_memory=measure.peak_memory())
-        report.write(facts, pairs, output)
+        _tell(facts, pairs, output)
     for warning in facts.warnings:
         progress.say(f"warning: {warning}")
     return output
@@ -134,6 +136,15 @@ def _facts(
     )
 
 
+def _tell(facts: report.Report, pairs: Samples | None, output: Path) -> None:
+    try:
+        report.write(facts, pairs, output)
+    except OSError as error:
+        raise CompressorError(
+            f"the report cannot be written to {output}: {error.strerror}; the pruned pipeline there is complete"
+        ) from error
+
+
 def _export(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress) -> tuple[report.ExportFacts, ...]:
     """Exports the result as reloaded from disk, so that what is exported is what was saved."""
     saved = checkpoint.load(output, recipe.device, recipe.model.dtype)
@@ -147,7 +158,10 @@ def _export(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress) 
         with watch.phase("export"), inner.phase(name):
             try:
                 export = exporter.export(saved, folder)
-            except CompressorError as error:
+            except BaseException as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                if not isinstance(error, (CompressorError, OSError)):
+                    raise
                 raise CompressorError(f"{name}: {error}\nthe pruned pipeline is kept in {output}") from error
         sizes = {f"{name}/{file}": (folder / file).stat().st_size for file in export.files}
         exports.append(report.ExportFacts(name, sizes, export.checks, inner.seconds[name]))

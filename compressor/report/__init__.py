@@ -42,7 +42,7 @@ __all__ = [
 
 
 def write(report: Report, samples: Samples | None, folder: Path) -> None:
-    """Writes `report.json` and `report.html`, replacing those that are there.
+    """Writes `report.json` and `report.html`, replacing those that are there; neither is ever seen half written.
 
     Args:
         report: what to tell.
@@ -53,8 +53,13 @@ def write(report: Report, samples: Samples | None, folder: Path) -> None:
     from compressor.report.page import render
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(report.dump(), encoding="utf-8")
-    (folder / "report.html").write_text(render(report, samples), encoding="utf-8")
+    for name, text in (("report.json", report.dump()), ("report.html", render(report, samples))):
+        beside = folder / f".{name}"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def grid(samples: Samples, columns: int, *, captions: bool = True) -> Image:
