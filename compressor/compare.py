@@ -6,10 +6,12 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from compressor import measure, report
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
+from compressor.options import Options
 from compressor.prepare import Prepared, prepare
 from compressor.progress import Progress
 from compressor.pruning import prune
@@ -94,18 +96,22 @@ def _figure(row: Row, name: str) -> str:
 
 def _describe(recipe: Recipe, index: int) -> str:
     """`obs_diff, sparsity 0.5, weighting uniform`: the options that were given."""
-    pruner = recipe.prune[index].pruner
     entry = recipe.dump()["prune"][index]
     name, options = next((key, value) for key, value in entry.items() if key != "targets")
-    given = {key: options[key] for key in options if key in pruner.model_fields_set}
-    return ", ".join([name, *(f"{key} {_plain(value)}" for key, value in given.items())])
+    return ", ".join([name, *_given(recipe.prune[index].pruner, options)])
 
 
-def _plain(value: object) -> str:
-    """A nested choice in words: `{"n_m": {"keep": 2, "of": 4}}` is `n_m keep 2 of 4`."""
-    if isinstance(value, dict):
-        return " ".join(f"{key} {_plain(inner)}".strip() for key, inner in value.items())
-    return str(value)
+def _given(plugin: Options, options: dict[str, Any]) -> list[str]:
+    """The options that were given, in words; `{"n_m": {"keep": 2, "of": 4}}` is `n_m keep 2 of 4`."""
+    words = []
+    for key in (key for key in options if key in plugin.model_fields_set):
+        inner = getattr(plugin, key)
+        if isinstance(inner, Options):
+            name = next(iter(options[key]))
+            words.append(" ".join([key, name, *_given(inner, options[key][name])]))
+        else:
+            words.append(f"{key} {options[key]}")
+    return words
 
 
 def _write(job: Prepared, rows: list[Row], folder: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_solve_on_a_gpu_loses_as_little_as_on_the_cpu(granularity, sparsity)
 
 def test_a_whole_run_in_half_precision_keeps_its_promises(tmp_path: Path):
     data = {
-        "model": str(tiny.folder("sd3", tmp_path / "model")),
+        "model": str(tiny.save("sd3", tmp_path / "model", torch.float16)),
         "device": "cuda",
         "calibration": {"prompts": ["a", "b", "c d"], "steps": 3, "batch": 2, "packages": 2},
         "prune": [{"obs_diff": {"sparsity": 0.5}}],
