@@ -216,7 +216,9 @@ def load(model: Model, device: str) -> Pipeline:
     for name in stored:
         component = getattr(pipe, name).eval().requires_grad_(False)
         if missing := [key for key, tensor in component.state_dict().items() if tensor.is_meta]:
-            raise CompressorError(f"{folder.path / name}: its weights lack {len(missing)} tensors, first {missing[0]}")
+            raise CompressorError(
+                f"{folder.path / name}: its weights lack {len(missing)} of its tensors, first {missing[0]}"
+            )
     pipe.to(target)
     module = getattr(pipe, folder.network)
     return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype)
