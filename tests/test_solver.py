@@ -410,6 +410,7 @@ def test_layers_report_the_error_of_the_weights_as_they_are_kept(dtype):
         assert int((new_OI == 0).sum()) == result.zeros == old_OI.numel() // 2
         difference_OI = new_OI.double() - old_OI.double()
         expected = loss(difference_OI, x_TI) / loss(old_OI.double(), x_TI)
+        assert result.error is not None
         assert result.error == pytest.approx(expected.item(), rel=1e-3)
         assert result.error > 1e-3
         assert result.damping == DAMPING

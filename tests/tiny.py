@@ -27,6 +27,8 @@ from compressor.structure import Component, Trace, trace
 diffusers: Any = import_module("diffusers")  # their classes are not exported in a way that type checkers see
 transformers: Any = import_module("transformers")
 
+torch.set_num_threads(1)  # faster on tensors of this size, and on a busy machine
+
 PROMPTS = ("a red dog", "a cat", "the old house", "big tree", "blue sea", "a fish", "two birds", "rain")
 SIDE = 16
 """Pixels of an image, either way; latents are half as large."""

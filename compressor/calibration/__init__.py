@@ -55,21 +55,32 @@ class Facts:
 class StepCounter:
     """Tells the inference step from the network's own `timestep` input.
 
-    A scheduler may call the network several times at one timestep (Heun, PNDM), so steps are told apart by their
-    timestep, in the order in which these first appear.
+    Calls are not counted, as a scheduler may call the network several times at one timestep (Heun, PNDM). The step is
+    the place in the schedule of the nearest timestep: half precision may have rounded it, and some pipelines divide it.
+
+    Args:
+        schedule: the scheduler's timesteps, in sampling order, with or without repetitions.
     """
 
-    def __init__(self) -> None:
-        self._seen: dict[float, int] = {}
+    def __init__(self, schedule: Tensor) -> None:
+        self._timesteps = tuple(dict.fromkeys(schedule.tolist()))
+        self._scale: float | None = None
 
-    def restart(self) -> None:
-        """Forgets the timesteps: a new sampling begins."""
-        self._seen.clear()
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return len(self._timesteps)
 
     def step(self, timestep: Tensor | float) -> int:
-        """The step, from 0, of a network call with this timestep (a number, or one for each sample)."""
+        """The step, from 0, of a network call with this timestep (a number, or one for each sample).
+
+        The first call must be that of the first step.
+        """
         value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-        return self._seen.setdefault(value, len(self._seen))
+        if self._scale is None:
+            self._scale = value / self._timesteps[0] if self._timesteps[0] else 1.0
+        distances = [abs(known * self._scale - value) for known in self._timesteps]
+        return distances.index(min(distances))
 
 
 class Calibration:
@@ -154,37 +165,33 @@ class Calibration:
         device = self._pipeline.device
         moments = {g.name: Moments.empty(g.inputs, kind == "second", device) for g in package.groups}
         batch = self.facts.batch
-        counter = StepCounter()
         title = f"calibrating, package {package.number} of {package.count}"
         with (
-            self._hooks(package, moments, counter, weighting),
+            self._hooks(package, moments, weighting),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):
                 prompts = self._encoded[start : start + batch]
-                counter.restart()
                 sampling.sample(self._pipeline, prompts, self._settings, "latent")
                 advance(len(prompts))
         return {name: m.finish() for name, m in moments.items()}
 
     @contextmanager
-    def _hooks(
-        self, package: Package, moments: dict[str, Moments], counter: StepCounter, weighting: Weighting
-    ) -> Iterator[None]:
+    def _hooks(self, package: Package, moments: dict[str, Moments], weighting: Weighting) -> Iterator[None]:
         """While it lasts, every forward of the network adds to the moments."""
         network = self._pipeline.module
         signature = inspect.signature(network.forward)
+        counter: StepCounter | None = None
         weights: tuple[float, ...] = ()
         weight = 0.0
 
         def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal weight, weights
-            if not weights:
-                schedule = self._pipeline.pipe.scheduler.timesteps
-                weights = weighting.weights(len(schedule.unique()))
-            step = counter.step(signature.bind_partial(*args, **kwargs).arguments["timestep"])
-            assert step < len(weights), f"timestep {step + 1} of a schedule of {len(weights)}"
-            weight = weights[step]
+            nonlocal counter, weight, weights
+            if counter is None:
+                counter = StepCounter(self._pipeline.pipe.scheduler.timesteps)
+                weights = weighting.weights(counter.steps)
+                assert len(weights) == counter.steps, f"{len(weights)} weights for {counter.steps} steps"
+            weight = weights[counter.step(signature.bind_partial(*args, **kwargs).arguments["timestep"])]
             self.facts.forwards += 1
 
         def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
