@@ -19,7 +19,9 @@ def examine() -> dict[str, list[tuple[str, str]]]:
     backends = []
     for name in find("exporter"):
         try:
-            backends.append((name, load("exporter", name)().available() or "ready"))
+            exporter = load("exporter", name)
+            needed = ", ".join(exporter.required_options())
+            backends.append((name, f"needs options: {needed}" if needed else exporter().available() or "ready"))
         except CompressorError as error:
             backends.append((name, str(error)))
     plugins = [(kind, ", ".join(find(kind)) or "none") for kind in KINDS]

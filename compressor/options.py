@@ -25,6 +25,11 @@ class Options(BaseModel):
         except ValidationError as error:
             raise rebuild(error, cls.__name__, lambda e: _explain_unknown(e, list(cls.model_fields))) from None
 
+    @classmethod
+    def required_options(cls) -> tuple[str, ...]:
+        """The options that have no default."""
+        return tuple(name for name, option in cls.model_fields.items() if option.is_required())
+
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """A clause `; did you mean 'x'?` for the nearest known name, or nothing."""

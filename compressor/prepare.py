@@ -150,7 +150,8 @@ def _read_prompts(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _choose_metrics(recipe: Recipe) -> dict[str, Metric]:
     if recipe.report.metrics is not None:
         return {Choice("metric").name(metric): metric for metric in recipe.report.metrics}
-    every = {name: load("metric", name)() for name in find("metric")}
+    classes = {name: load("metric", name) for name in find("metric")}
+    every = {name: cls() for name, cls in classes.items() if not cls.required_options()}
     return {name: metric for name, metric in every.items() if metric.applies(recipe.model.source)}
 
 
