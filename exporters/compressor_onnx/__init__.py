@@ -29,29 +29,29 @@ class ONNX(Exporter):
     """
 
     dtype: Literal["float32", "float16"] = Field(
-        default="float32", description="Type of the weights and of the arithmetic in the file."
+        default="float32", description="of the weights and of the arithmetic in the file"
     )
     opset: int | None = Field(
         default=None,
         ge=18,
-        description="ONNX operator set, never silently another; torch's own default if left out.",
+        description="ONNX operator set, never silently another; torch's own default if not given",
     )
     tolerance: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Largest relative L2 from torch to onnxruntime; if left out 2e-5 for float32, 1e-2 for float16.",
+        description="largest relative L2 from torch to onnxruntime; 2e-5 for float32 and 1e-2 for float16 if not given",
     )
-    batch: int = Field(default=2, ge=2, description="Samples of the traced shape. The file takes any number.")
+    batch: int = Field(default=2, ge=2, description="samples of the traced shape; the file takes any number")
     height: int | None = Field(
         default=None,
         ge=2,
-        description="Latent rows of the traced shape; at most 32 and the model's own if left out.",
+        description="latent rows of the traced shape; at most 32 and the model's own if not given",
     )
     width: int | None = Field(
-        default=None, ge=2, description="Latent columns of the traced shape; as for the height if left out."
+        default=None, ge=2, description="latent columns of the traced shape; as for the height if not given"
     )
-    sequence: int = Field(default=24, ge=2, description="Text tokens of the traced shape. The file takes any number.")
+    sequence: int = Field(default=24, ge=2, description="text tokens of the traced shape; the file takes any number")
 
     def available(self) -> str | None:
         """None if onnx, onnxruntime and onnxscript are installed, else how to install them."""
