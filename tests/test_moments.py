@@ -104,7 +104,7 @@ class Recorder:
         self._pipe = pipeline.pipe
         pipeline.module.register_forward_pre_hook(self._count, with_kwargs=True)
         for target in pipeline.targets:
-            target.module.register_forward_pre_hook(self._keep(self.inputs[target.name]))
+            tiny.record_inputs(target.module, self.inputs[target.name])
 
     def _count(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
@@ -112,10 +112,6 @@ class Recorder:
         schedule = self._pipe.scheduler.timesteps.tolist()
         distances = [abs(t - float(torch.as_tensor(timestep).flatten()[0]) * scale) for t in schedule]
         self.steps.append(distances.index(min(distances)))
-
-    @staticmethod
-    def _keep(store: list[Tensor]):
-        return lambda _module, args: store.append(args[0].clone())
 
 
 @pytest.mark.parametrize("kind", list(tiny.KINDS))

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressor import calibration, pipeline, recipe
 from compressor.pipeline import Pipeline
@@ -84,6 +85,15 @@ def traced(loaded: Pipeline) -> Trace:
 def component(loaded: Pipeline) -> Component:
     """All the layers of a loaded pipeline, for a pruner."""
     return Component(loaded.component_name, loaded.module, loaded.family, loaded.targets)
+
+
+def record_inputs(module: nn.Module, store: list[Tensor]) -> RemovableHandle:
+    """From now on, adds the first argument of every forward to a list."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        store.append(args[0])
+
+    return module.register_forward_pre_hook(hook)
 
 
 def quiet() -> Progress:
