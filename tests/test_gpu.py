@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from compressor_obs_diff.granularities import NM, Unstructured
+from compressor_obs_diff.solver import factorise, relative_error, sweep
 from safetensors.torch import load_file
 
 from compressor import recipe
 from compressor.calibration.moments import Moments
 from compressor.progress import Progress
 from compressor.run import run
-from compressor_obs_diff.granularities import NM, Unstructured
-from compressor_obs_diff.solver import factorise, relative_error, sweep
 from tests import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -27,7 +27,9 @@ def test_moments_of_half_precision_inputs_are_summed_in_float32(dtype):
     moments = Moments.empty(64, second=True, device=torch.device("cuda"))
     for i, x in enumerate(batches):
         moments.add(x.cuda(), 0.5 + i)
-    expected = sum((0.5 + i) * (x.double().flatten(0, 1).T @ x.double().flatten(0, 1)) for i, x in enumerate(batches))
+    expected = torch.zeros(64, 64, dtype=torch.float64)
+    for i, x in enumerate(batches):
+        expected += (0.5 + i) * (x.double().flatten(0, 1).T @ x.double().flatten(0, 1))
     assert moments.second_II is not None
     assert moments.second_II.dtype == torch.float32
     error = (moments.second_II.double().cpu() - expected).norm() / expected.norm()
