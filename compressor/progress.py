@@ -10,6 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from compressor.report.units import duration
+
+EVERY = 30.0
+"""Seconds between two lines about the same task, where there is no terminal."""
+
 
 class Progress:
     """Shows what is being done on a console.
@@ -35,10 +40,7 @@ class Progress:
             total: how much there is to do.
         """
         if not self.console.is_terminal:
-            start = time.monotonic()
-            self.say(f"{title} ...")
-            yield lambda done: None
-            self.say(f"{title}: {total} in {time.monotonic() - start:.1f} s")
+            yield _Lines(self, title, total).advance
             return
         with self._shown() as bars:
             task = bars.add_task(title, total=total)
@@ -67,3 +69,24 @@ class Progress:
                 yield bars
             finally:
                 self._bars = None
+
+
+class _Lines:
+    """A task told in lines: at its start, every half minute with the time left, and at its end."""
+
+    def __init__(self, progress: Progress, title: str, total: int) -> None:
+        self._progress, self._title, self._total = progress, title, total
+        self._done = 0
+        self._start = self._told = time.monotonic()
+        progress.say(f"{title} ...")
+
+    def advance(self, done: int) -> None:
+        self._done += done
+        now = time.monotonic()
+        passed = now - self._start
+        if self._done >= self._total:
+            self._progress.say(f"{self._title}: {self._total} in {duration(passed)}")
+        elif now - self._told >= EVERY:
+            self._told = now
+            left = duration(passed * (self._total - self._done) / self._done)
+            self._progress.say(f"{self._title}: {self._done} of {self._total}, about {left} left")
