@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import asdict, fields
 
 from compressor.plan import Plan, PlannedLayer, PlannedPruning
-from compressor.report.units import count, percent, size
+from compressor.units import count, percent, size
 
 
 def as_json(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from compressor.report.units import duration
+from compressor.units import duration
 
 EVERY = 30.0
 """Seconds between two lines about the same task, where there is no terminal."""

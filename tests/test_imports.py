@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors",),
+    ("errors", "units"),
     ("options", "located_yaml"),
-    ("plugin", "builtin"),
-    ("registry",),
+    ("plugin", "shapes"),
+    ("registry", "builtin"),
     ("recipe",),
-    ("prompts", "progress", "structure", "sparsity", "shapes"),
+    ("prompts", "progress", "structure", "sparsity"),
     ("pipeline",),
     ("calibration", "checkpoint", "report"),
     ("pictures", "measure"),
@@ -27,7 +27,7 @@ FLOORS = (
 
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FOR_PLUGINS = {"plugin", "errors", "options", "registry", "calibration", "structure", "sparsity"}
-FOR_LIBRARIES = {"structure": {"errors"}, "sparsity": set(), "errors": set()}
+FOR_LIBRARIES = {"structure": {"errors"}, "sparsity": set(), "errors": set(), "units": set()}
 FILES = sorted(file for root in ("compressor", "plugins", "exporters") for file in (ROOT / root).rglob("*.py"))
 
 

@@ -1,7 +1,7 @@
 """What was done to a model and what that cost and gained: `report.json` for programs, `report.html` for people.
 
 facts       everything there is to say about a run, as frozen dataclasses
-page        the HTML page; heat draws its maps, images its pictures, units its numbers
+page        the HTML page; heat draws its maps, images its pictures, compressor.units its numbers
 measuring   takes metrics, which are plugins; pairs and shapes are the two that ship
 """
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from compressor.report import units
+from compressor import units
 from compressor.report.facts import LayerRow
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from compressor import units
 from compressor.plugin import Samples
-from compressor.report import heat, images, units
+from compressor.report import heat, images
 from compressor.report.facts import LayerRow, Report, Sizes, share, sparsity
 from compressor.report.pairs import psnr_of
 

@@ -1,6 +1,6 @@
 import pytest
 
-from compressor.report import units
+from compressor import units
 
 
 @pytest.mark.parametrize(
