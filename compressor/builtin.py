@@ -1,4 +1,4 @@
-"""The pipelines that ship with the package: finds their folders by name, and makes sure that no weights file is damaged.
+"""The pipelines that ship with the package: finds their folders by name, and sees that no weights file is damaged.
 
 Imports neither torch nor diffusers, so that a recipe can be checked at once.
 """
@@ -9,8 +9,10 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal
 
 from compressor.errors import CompressorError
+from compressor.shapes import captions
 
 _SHAPES = Path(__file__).parent / "shapes"
 
@@ -29,14 +31,24 @@ def path(name: str) -> Path:
     Raises:
         CompressorError: There is no such pipeline, or one of its weights files is damaged or missing.
     """
-    known = names()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise CompressorError(f"no built-in pipeline named {name!r}{hint} known: {', '.join(known)}")
+    _known(name)
     folder = _index(_SHAPES)["pipelines"][name]
     verify(_SHAPES, folder)
     return _SHAPES / folder
+
+
+def prompts(name: str, use: Literal["calibration", "evaluation"]) -> list[str]:
+    """The captions that ship with a built-in pipeline: two lists without a caption in common.
+
+    Args:
+        name: One of `names()`.
+        use: Which list.
+
+    Raises:
+        CompressorError: There is no such pipeline.
+    """
+    _known(name)
+    return captions.calibration() if use == "calibration" else captions.evaluation()
 
 
 def verify(root: Path, within: str) -> None:
@@ -60,6 +72,14 @@ def verify(root: Path, within: str) -> None:
             raise CompressorError(
                 f"{file}: weights file is damaged; found sha256 {found}, expected {expected}; install the package anew"
             )
+
+
+def _known(name: str) -> None:
+    known = names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise CompressorError(f"no built-in pipeline named {name!r}{hint} known: {', '.join(known)}")
 
 
 def _index(root: Path) -> dict[str, dict[str, str]]:

@@ -3,8 +3,8 @@
     a small red circle to the left of a big blue square on a white background
     in the top left corner, an orange star against navy
 
-Shape and colour are always named; size, position and background may be left out. Whatever `write` writes, `parse` reads,
-so any list of captions can be judged without side files. One table of phrases serves both directions.
+Shape and colour are always named; size, position and background may be left out. Whatever `write` writes, `parse`
+reads, so any list of captions can be judged without side files. One table of phrases serves both directions.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ _PAIR = {
                            "{0} on the left and {1} on the right"),
     ("horizontal", False): ("{0} to the right of {1}", "{0} right of {1}", "{0} with {1} to its left",
                             "{0} on the right and {1} on the left"),
-    ("vertical", True): ("{0} above {1}", "{0} over {1}", "{0} with {1} below it", "{0} at the top and {1} at the bottom"),
-    ("vertical", False): ("{0} below {1}", "{0} under {1}", "{0} with {1} above it", "{0} at the bottom and {1} at the top"),
+    ("vertical", True): ("{0} above {1}", "{0} over {1}", "{0} with {1} below it",
+                         "{0} at the top and {1} at the bottom"),
+    ("vertical", False): ("{0} below {1}", "{0} under {1}", "{0} with {1} above it",
+                          "{0} at the bottom and {1} at the top"),
 }  # fmt: skip
 _BACKGROUND = ("on a {} background", "against a {} background", "on {}", "against {}")
 _OPENING = ("", "", "there is ", "an image of ")
@@ -123,9 +125,7 @@ def parse(caption: str) -> Demand:
         text = text.removeprefix(opening) if opening else text
     grounds = [next(filter(None, match.groups())) for match in _BACKGROUND_PATTERN.finditer(text)]
     text = _BACKGROUND_PATTERN.sub("", text)
-    things = tuple(
-        Thing(shape, colour, _SIZE_OF.get(size)) for size, colour, shape in _OBJECT_PATTERN.findall(text)
-    )
+    things = tuple(Thing(shape, colour, _SIZE_OF.get(size)) for size, colour, shape in _OBJECT_PATTERN.findall(text))
     layout = _LAYOUT_OF.get(_OBJECT_PATTERN.sub("#", text))
     if layout is None or len(grounds) > 1:
         raise CompressorError(

@@ -4,8 +4,8 @@
     table = score(judge, pictures, captions)      # {"shape": Accuracy(right=0.97, error=0.01, count=512), ...}
     distance = frechet_distance(judge, pictures, reference)
 
-It names two objects in a fixed order, the left or upper one first, so that relations and the binding of colours to shapes
-can be read off directly.
+It names two objects in a fixed order, the left or upper one first, so that relations and the binding of colours to
+shapes can be read off directly.
 """
 
 # Shapes: N pictures, S slots (2), F features.
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from compressor import builtin
 from compressor.errors import CompressorError
 from compressor.shapes import words
 from compressor.shapes.captions import Demand, Thing, parse
@@ -43,6 +44,9 @@ HEADS = {
     "size_1": len(words.SIZES),
 }
 """What the judge decides, and between how many choices; `_0` and `_1` are the slots of `Scenes`."""
+
+
+_ROWS = ("count", "shape", "colour", "size", "background", "position", "relation", "one_object", "bound", "two_objects")
 
 
 class Judge(nn.Module):
@@ -87,9 +91,15 @@ def load(device: torch.device | str = "cpu", file: Path | None = None) -> Judge:
     Args:
         device: Where to put it.
         file: Its safetensors file; the shipped one if None.
+
+    Raises:
+        CompressorError: The shipped file is damaged or missing.
     """
+    if file is None:
+        builtin.verify(Path(__file__).parent, "judge.safetensors")
+        file = Path(__file__).parent / "judge.safetensors"
     judge = Judge()
-    judge.load_state_dict(load_file(file or Path(__file__).parent / "judge.safetensors"))
+    judge.load_state_dict(load_file(file))
     return judge.to(device).eval().requires_grad_(False)
 
 
@@ -130,9 +140,9 @@ def score(judge: Judge, pictures: Tensor, captions: Sequence[str]) -> dict[str, 
     Returns:
         By name, in this order, leaving out what no caption demands:
         `count`, `shape`, `colour`, `size` (each over all demanded objects), `background`, `position` (of lone objects),
-        `relation` (the axis is right and the objects stand the right way round), `one_object` (everything that a caption
-        of one object demands), `bound` (two objects, each colour on its shape, wherever they stand), `two_objects`
-        (everything that a caption of two objects demands).
+        `relation` (the axis is right and the objects stand the right way round), `one_object` (everything that a
+        caption of one object demands), `bound` (two objects, each colour on its shape, wherever they stand),
+        `two_objects` (everything that a caption of two objects demands).
 
     Raises:
         CompressorError: A caption cannot be read, there is not one caption a picture, or pictures have another shape.
@@ -143,8 +153,7 @@ def score(judge: Judge, pictures: Tensor, captions: Sequence[str]) -> dict[str, 
     for demand, seen in zip([parse(caption) for caption in captions], see(judge, pictures), strict=True):
         for name, right in _marks(demand, seen):
             marks.setdefault(name, []).append(right)
-    order = ("count", "shape", "colour", "size", "background", "position", "relation", "one_object", "bound", "two_objects")
-    return {name: _accuracy(marks[name]) for name in order if name in marks}
+    return {name: _accuracy(marks[name]) for name in _ROWS if name in marks}
 
 
 def frechet_distance(judge: Judge, pictures: Tensor, reference: Tensor) -> float:
@@ -197,7 +206,8 @@ def _accuracy(marks: list[bool]) -> Accuracy:
 
 def _batches(judge: Judge, pictures: Tensor) -> Iterable[Tensor]:
     if pictures.shape[1:] != (3, SIDE, SIDE):
-        raise CompressorError(f"the judge reads pictures of 3 x {SIDE} x {SIDE}, found {' x '.join(map(str, pictures.shape[1:]))}")
+        found = " x ".join(map(str, pictures.shape[1:]))
+        raise CompressorError(f"the judge reads pictures of 3 x {SIDE} x {SIDE}, found {found}")
     weight = judge.heads.weight
     return (batch.to(weight.device, weight.dtype) for batch in pictures.split(1024))
 
@@ -206,7 +216,8 @@ def loss(judge: Judge, pictures: Tensor, labels: dict[str, Tensor]) -> Tensor:
     """The training loss: cross-entropies of all heads, where a label of -1 (no second object) does not count."""
     logits = judge.logits(pictures)
     losses = [
-        F.cross_entropy(logits[name], labels[name], ignore_index=-1, reduction="sum") / (labels[name] >= 0).sum().clamp(1)
+        F.cross_entropy(logits[name], labels[name], ignore_index=-1, reduction="sum")
+        / (labels[name] >= 0).sum().clamp(1)
         for name in HEADS
     ]
     return torch.stack(losses).sum()

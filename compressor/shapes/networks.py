@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -44,6 +47,9 @@ def tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
 
 def text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWithProjection:
     """An untrained CLIP text encoder for a tokenizer."""
+    start, end, padding = (
+        cast(int, index) for index in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    )
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_TEXT_WIDTH,
@@ -52,9 +58,9 @@ def text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWithProj
         num_hidden_layers=layers,
         num_attention_heads=6,
         max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=start,
+        eos_token_id=end,
+        pad_token_id=padding,
     )
     return CLIPTextModelWithProjection(config)
 
@@ -62,9 +68,9 @@ def text_encoder(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextModelWithProj
 def vae() -> AutoencoderKL:
     """An untrained autoencoder from 3 x 64 x 64 to 4 x 16 x 16."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # type: ignore[arg-type]
+        block_out_channels=(32, 48, 64),  # type: ignore[arg-type]
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=16,

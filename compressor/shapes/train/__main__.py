@@ -21,27 +21,49 @@ _SHARES = {"vae": 0.10, "judge": 0.04, "denoiser": 0.78}  # of the minutes; the 
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for everything.")
 @click.option("--denoiser", "kind", type=click.Choice(list(networks.DENOISERS)), default="sd3", show_default=True)
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run.")
-@click.option("--minutes", type=click.FloatRange(min=0.01), default=20.0, show_default=True, help="Time for everything.")
+@click.option("--minutes", type=click.FloatRange(min=0.01), default=16.5, show_default=True, help="Time for all.")
 @click.option("--steps", type=click.IntRange(min=1), help="Most steps of each stage, to try things out.")
 @click.option("--scenes", type=click.IntRange(min=1), default=stages.Plan.scenes, show_default=True)
 @click.option("--pool", type=click.IntRange(min=1), default=stages.Plan.pool, show_default=True)
 @click.option("--batch", type=click.IntRange(min=4), default=stages.Plan.batch, show_default=True)
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
-@click.option("--evaluated", type=click.IntRange(1, 512), default=512, show_default=True, help="Captions to evaluate on.")
+@click.option("--evaluated", type=click.IntRange(1, 512), default=512, show_default=True, help="Captions judged.")
+@click.option(
+    "--guidance",
+    "guidances",
+    type=float,
+    multiple=True,
+    default=(1.5, 2.0, 3.0, 4.0, 5.0),
+    show_default=True,
+    help="Guidance scales to try on calibration captions.",
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 def main(
-    out: Path, kind: str, until: str, minutes: float, steps: int | None, scenes: int, pool: int, batch: int, rate: float,
-    evaluated: int, device: str, resume: bool,
-) -> None:  # fmt: skip
-    """Trains the tokenizer, the autoencoder, the judge, and the text encoders with the denoiser; saves and evaluates them.
+    out: Path,
+    kind: str,
+    until: str,
+    minutes: float,
+    steps: int | None,
+    scenes: int,
+    pool: int,
+    batch: int,
+    rate: float,
+    evaluated: int,
+    guidances: tuple[float, ...],
+    device: str,
+    resume: bool,
+) -> None:
+    """Trains tokenizer, autoencoder, judge, and the text encoders with the denoiser; saves and evaluates them.
 
-    The folder then holds what this package ships: pipeline/, judge.safetensors, judge.json, hashes.json, quality.json, and
-    in work/ the checkpoints and log.jsonl. A stage that is complete is not trained again.
+    The folder then holds what this package ships: pipeline/, judge.safetensors, judge.json, hashes.json, quality.json,
+    and in work/ the checkpoints and log.jsonl. A stage that is complete is not trained again.
     """
     work = out / "work"
     if work.exists() and not resume:
-        raise click.ClickException(f"{out} already holds a training run; add --resume to go on with it, or choose another --out")
+        raise click.ClickException(
+            f"{out} already holds a training run; add --resume to go on with it, or choose another --out"
+        )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -73,7 +95,7 @@ def main(
     del data
     pipeline.to(dtype=torch.float32 if where.type == "cpu" else torch.float16)
     scales = {}
-    for guidance in (1.5, 2.0, 3.0, 4.0, 5.0):
+    for guidance in guidances:
         rows, _ = evaluate.quality(pipeline, judge, captions.calibration()[:evaluated], guidance=guidance)
         scales[guidance] = rows
         click.echo(f"calibration captions, guidance {guidance}\n{evaluate.as_text(rows)}")

@@ -1,20 +1,19 @@
 """What is trained together: both text encoders and the denoiser, fed exactly as `StableDiffusion3Pipeline` feeds them.
 
 Without a T5 encoder the pipeline puts zero rows (256 of them by default) behind the caption's tokens. Equal tokens stay
-equal through every block, and R equal keys weigh as much as one key whose logit is raised by log R. So training carries a
-single zero row and that raise, which costs a quarter of the time, and draws R at random, so that the number does not matter.
+equal through every block, and R equal keys weigh as much as one key whose logit is raised by log R. So training carries
+a single zero row and that raise (89 tokens instead of 344), and draws R at random, so that the number hardly matters.
 """
 
 # Shapes: B batch, C latent channels, H W latent sides, L caption tokens, D text features, P pooled features.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
@@ -52,10 +51,7 @@ class Conditioned(nn.Module):
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The caption features (B x L x D, without zero rows) and pooled features (B x P) of token ids (B x L)."""
-        outputs = [
-            encoder(ids, output_hidden_states=True)
-            for encoder in (self.text_encoder, self.text_encoder_2)
-        ]
+        outputs = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return tokens, torch.cat([output.text_embeds for output in outputs], dim=-1)
 
@@ -63,13 +59,13 @@ class Conditioned(nn.Module):
 class _RaisedAttention:
     """Joint attention in which the last caption token stands for as many equal ones as `log_rows` says.
 
-    The raise travels as one more feature of queries (1) and keys (log R for that token), which leaves the fast attention
-    kernels usable; a mask would not. Features come in eights for the same reason.
+    The raise travels as one more feature of queries (1) and keys (log R for that token), which leaves the fast
+    attention kernels usable; a mask would not. Features come in eights for the same reason.
     """
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -79,7 +75,7 @@ class _RaisedAttention:
         assert attention_mask is None
 
         def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:
-            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # type: ignore[arg-type]
+            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             return x if norm is None else norm(x)
 
         context = encoder_hidden_states
@@ -103,4 +99,4 @@ class _RaisedAttention:
         mixed = mixed.transpose(1, 2).flatten(2)
         image, text = mixed[:, : hidden_states.shape[1]], mixed[:, hidden_states.shape[1] :]
         text = text if attn.context_pre_only else attn.to_add_out(text)
-        return cast(nn.ModuleList, attn.to_out)[0](image), text
+        return attn.to_out[0](image), text

@@ -1,7 +1,7 @@
 """The denoiser stage: text encoders and denoiser trained end to end with the flow-matching loss on cached latents.
 
-Rectified flow (Esser et al., 2024): with noise level s, the network sees (1 - s) latent + s noise and predicts noise minus
-latent; s is drawn logit-normally. One caption in ten is emptied, for classifier-free guidance.
+Rectified flow (Esser et al., 2024): with noise level s, the network sees (1 - s) latent + s noise and predicts noise
+minus latent; s is drawn logit-normally. One caption in ten is emptied, for classifier-free guidance.
 """
 
 # Shapes: B batch.

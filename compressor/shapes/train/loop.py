@@ -105,13 +105,15 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 1 - rates.average)
+            for mean, weight in zip(average, parameters, strict=True):
+                mean.lerp_(weight, 1 - rates.average)
         return value.detach()
 
     module.train()
     replay: Callable[[], Tensor] | None = None
     began, saved = time.monotonic() - state.seconds, time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeRemainingColumn())
+    percent = TextColumn("{task.percentage:3.0f}%")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(stage, total=1.0)
         while (used := budget.used(state.seconds, state.steps)) < 1.0:
@@ -134,22 +136,24 @@ def fit(
                 saved = time.monotonic()
     state.save(checkpoint)
     with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
+        for mean, weight in zip(average, parameters, strict=True):
+            weight.copy_(mean)
     module.eval()
 
 
 def average_of(checkpoint: Path) -> dict[str, Tensor]:
     """The averaged weights in a checkpoint, by parameter name."""
     with safe_open(checkpoint, "pt") as file:
-        return {
-            name.removeprefix("average."): file.get_tensor(name) for name in file.keys() if name.startswith("average.")
-        }
+        names = [name for name in file.keys() if name.startswith("average.")]  # noqa: SIM118 - not a dict
+        return {name.removeprefix("average."): file.get_tensor(name) for name in names}
 
 
 class _State:
     """Everything that the next step depends on."""
 
-    def __init__(self, weights: dict[str, nn.Parameter], average: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, weights: dict[str, nn.Parameter], average: list[Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
         self.steps, self.seconds = 0, 0.0
         self._weights, self._average, self._optimizer = weights, average, optimizer
 
@@ -169,20 +173,20 @@ class _State:
 
     def load(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            metadata, held = file.metadata(), set(file.keys())
             self.steps, self.seconds = int(metadata["steps"]), float(metadata["seconds"])
             moments: dict[int, dict[str, Tensor]] = {}
             with torch.no_grad():
                 for index, (name, weight) in enumerate(self._weights.items()):
                     weight.copy_(file.get_tensor(f"weight.{name}"))
                     self._average[index].copy_(file.get_tensor(f"average.{name}"))
-                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in file.keys()]
+                    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in held]
                     if keys:
                         moments[index] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
             torch.set_rng_state(file.get_tensor("random.cpu"))
-            if torch.cuda.is_available() and "random.cuda" in file.keys():
+            if torch.cuda.is_available() and "random.cuda" in held:
                 torch.cuda.set_rng_state(file.get_tensor("random.cuda"))
 
 

@@ -50,7 +50,8 @@ def held_out(complete: list[str]) -> Tensor:
     """The codes (see `Scenes.codes`) of the scenes that complete captions name."""
     rows = []
     for demand in map(captions.parse, complete):
-        assert demand.layout and demand.background and all(thing.size for thing in demand.things)
+        assert demand.layout
+        assert demand.background
         slots = [
             (words.SHAPES.index(thing.shape), words.COLOURS.index(thing.colour), words.SIZES.index(thing.size or ""))
             for thing in demand.things

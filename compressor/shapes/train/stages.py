@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -50,7 +50,8 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     """Trains the tokenizer on captions and saves it."""
     rng = random.Random(_TOKENIZER_SEED)
     rows = prompts.labels(scenes.sample(20_000, _TOKENIZER_SEED))
-    tokenizer = networks.tokenizer(captions.write(captions.forget(demand, rng), rng) for demand in captions.demands(rows))
+    corpus = (captions.write(captions.forget(demand, rng), rng) for demand in captions.demands(rows))
+    tokenizer = networks.tokenizer(corpus)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -58,7 +59,8 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
 def train_vae(device: torch.device, plan: Plan, budget: Budget, checkpoint: Path, log: Log) -> AutoencoderKL:
     """Trains the autoencoder on rendered scenes and measures the scale and shift of its latents."""
     pictures = _drawn(scenes.sample(plan.pool, _POOL_SEED), device)
-    vae = networks.vae().to(device)
+    vae = networks.vae()
+    vae.to(device)  # type: ignore[arg-type]
     size = max(1, plan.batch // 4)
 
     def objective(x: Tensor, noise: Tensor) -> Tensor:
@@ -125,13 +127,13 @@ def cache_latents(device: torch.device, vae: AutoencoderKL, tokenizer_folder: Pa
     reserved = prompts.held_out(captions.evaluation())
     chunk = min(plan.scenes, 16384)
     seeds = range(_LATENTS_SEED, _LATENTS_SEED + -(-plan.scenes // chunk))
-    latents, batches = [], []
+    scale, latents, batches = _scale(vae), [], []
     for seed in seeds:
         batch = scenes.sample(chunk, seed)
         batch = batch[~torch.isin(batch.codes(), reserved)]
         batches.append((prompts.labels(batch), seed, plan.wordings, str(tokenizer_folder)))
-        scaled = [(mean - vae.config.shift_factor) * vae.config.scaling_factor for mean in _encoded(vae, _drawn(batch, device))]
-        latents.append(torch.cat(scaled).half())
+        means = torch.cat(_encoded(vae, _drawn(batch, device)))
+        latents.append(((means - scale["shift_factor"]) * scale["scaling_factor"]).half())
     workers = min(len(batches), max(1, (os.cpu_count() or 1) - 1))
     if workers > 4:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -140,7 +142,9 @@ def cache_latents(device: torch.device, vae: AutoencoderKL, tokenizer_folder: Pa
         ids = [_worded(batch) for batch in batches]
     empty = CLIPTokenizer.from_pretrained(tokenizer_folder)("", padding="max_length").input_ids
     return Latents(
-        torch.cat(latents), torch.from_numpy(np.concatenate(ids)).to(device), torch.tensor(empty, dtype=torch.int16, device=device)
+        torch.cat(latents),
+        torch.from_numpy(np.concatenate(ids)).to(device),
+        torch.tensor(empty, dtype=torch.int16, device=device),
     )
 
 
@@ -188,7 +192,8 @@ def _decoded(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 
 def _labels(batch: Scenes) -> dict[str, Tensor]:
-    slots = {f"{name}_{slot}": getattr(batch, name)[:, slot] for slot in range(2) for name in ("shape", "colour", "size")}
+    names = ("shape", "colour", "size")
+    slots = {f"{name}_{slot}": getattr(batch, name)[:, slot] for slot in range(2) for name in names}
     pair = (batch.shape[:, 1] != scenes.EMPTY).long()
     return {"count": pair, "background": batch.background, "layout": batch.layout} | slots
 
@@ -218,4 +223,4 @@ def _accuracy(net: judge.Judge, pictures: Tensor, labels: dict[str, Tensor]) -> 
 
 
 def _scale(vae: AutoencoderKL) -> dict[str, float]:
-    return {"shift_factor": vae.config.shift_factor, "scaling_factor": vae.config.scaling_factor}
+    return {name: vae.config[name] for name in ("shift_factor", "scaling_factor")}

@@ -1,0 +1,87 @@
+"""Built-in pipelines are found by name, quickly, and never with a damaged file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressor import builtin
+from compressor.errors import CompressorError
+
+
+def test_shapes_is_a_diffusers_folder():
+    assert "shapes" in builtin.names()
+    assert (builtin.path("shapes") / "model_index.json").is_file()
+
+
+def test_every_weights_file_has_a_hash():
+    root = builtin.path("shapes").parent
+    listed = set(json.loads((root / "hashes.json").read_text())["sha256"])
+    assert listed == {file.relative_to(root).as_posix() for file in root.rglob("*.safetensors")}
+
+
+def test_the_whole_folder_is_at_most_sixteen_megabytes():
+    assert sum(file.stat().st_size for file in builtin.path("shapes").rglob("*") if file.is_file()) <= 16_000_000
+
+
+def test_nothing_shipped_is_pickled():
+    kinds = {file.suffix for file in builtin.path("shapes").rglob("*") if file.is_file()}
+    assert kinds == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("ask", [builtin.path, lambda name: builtin.prompts(name, "calibration")])
+def test_an_unknown_name_lists_the_known_ones(ask):
+    known = ", ".join(builtin.names())
+    with pytest.raises(CompressorError) as error:
+        ask("shape")
+    assert str(error.value) == f"no built-in pipeline named 'shape'; did you mean 'shapes'? known: {known}"
+    with pytest.raises(CompressorError) as error:
+        ask("flowers")
+    assert str(error.value) == f"no built-in pipeline named 'flowers'; known: {known}"
+
+
+def test_the_prompts_are_the_two_lists():
+    assert len(builtin.prompts("shapes", "calibration")) == len(builtin.prompts("shapes", "evaluation")) == 1024
+    assert not set(builtin.prompts("shapes", "calibration")) & set(builtin.prompts("shapes", "evaluation"))
+
+
+def _copied(tmp_path: Path) -> Path:
+    root = builtin.path("shapes").parent
+    copy = tmp_path / "shapes"
+    shutil.copytree(root / "pipeline" / "vae", copy / "pipeline" / "vae")
+    hashes = json.loads((root / "hashes.json").read_text())
+    hashes["sha256"] = {name: value for name, value in hashes["sha256"].items() if "/vae/" in name}
+    (copy / "hashes.json").write_text(json.dumps(hashes))
+    return copy
+
+
+def test_a_damaged_file_is_named_with_both_hashes(tmp_path, monkeypatch):
+    copy = _copied(tmp_path)
+    monkeypatch.setattr(builtin, "_SHAPES", copy)
+    assert builtin.path("shapes") == copy / "pipeline"
+    file = copy / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    expected = builtin._index(copy)["sha256"]["pipeline/vae/diffusion_pytorch_model.safetensors"]
+    file.write_bytes(b"abc")
+    with pytest.raises(CompressorError) as error:
+        builtin.path("shapes")
+    found = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # the published sha256 of "abc"
+    assert str(error.value) == (
+        f"{file}: weights file is damaged; found sha256 {found}, expected {expected}; install the package anew"
+    )
+    file.unlink()
+    with pytest.raises(CompressorError) as error:
+        builtin.path("shapes")
+    assert str(error.value) == f"{file}: weights file is missing; expected one with sha256 {expected}"
+
+
+def test_looking_up_a_name_imports_neither_torch_nor_diffusers():
+    code = (
+        "import sys; from compressor import builtin; builtin.path('shapes'); builtin.prompts('shapes', 'evaluation');"
+        "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
