@@ -197,8 +197,8 @@ def generate(
     pipeline = checkpoint.load(folder, device)
     pipeline.folder.check_size(height, width, "--")
     encoded = encode(pipeline, chosen, guidance, seed, "pictures")
-    images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, Progress(), "drawing")
     out.mkdir(parents=True, exist_ok=True)
+    images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, Progress(), "drawing")
     for i, image in enumerate(images):
         path = out / f"{i:04d}.png"
         to_image(image).save(path)
