@@ -48,9 +48,10 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None) -> LayerRo
     if not torch.isfinite(weight).all():
         raise CompressorError(f"{start} left values in {target.name} that are not finite; nothing was kept")
     zeros = int((weight == 0).sum())
-    if zeros < result.zeros:
+    asked = entry.pruner.zeros(target)
+    if zeros < asked:
         raise CompressorError(
-            f"{start} should have made {result.zeros} weights of {target.name} zero, found {zeros}; nothing was kept"
+            f"{start} should have made {asked} weights of {target.name} zero, found {zeros}; nothing was kept"
         )
     layer = target.layer
     return LayerRow(
@@ -61,7 +62,7 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None) -> LayerRo
         stream=layer.stream,
         pruner=entry.name,
         parameters=weight.numel(),
-        asked=result.zeros,
+        asked=asked,
         zeros=zeros,
         error=result.error,
         damping=result.damping,

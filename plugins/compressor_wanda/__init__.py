@@ -6,6 +6,7 @@ inputs count by a weighting; `uniform`, the default here, is Wanda as published.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -49,7 +50,7 @@ class Wanda(Pruner):
         """The same number in every row, rounded down as in the paper's code."""
         if self.sparsity is None:
             return self.granularity.zeros(target.outputs, target.inputs, None)
-        return target.outputs * int(target.inputs * self.sparsity)
+        return target.outputs * math.floor(target.inputs * self.sparsity + 1e-9)  # 0.29 of 100 is 29, not 28
 
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""
