@@ -5,14 +5,13 @@ Imports neither torch nor diffusers, so that a recipe can be checked at once.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Literal
 
 from compressor.errors import CompressorError
-from compressor.shapes import captions
+from compressor.options import suggest
 
 _SHAPES = Path(__file__).parent / "shapes"
 
@@ -48,7 +47,7 @@ def prompts(name: str, use: Literal["calibration", "evaluation"]) -> list[str]:
         CompressorError: There is no such pipeline.
     """
     _known(name)
-    return captions.calibration() if use == "calibration" else captions.evaluation()
+    return (_SHAPES / "data" / f"{use}.txt").read_text(encoding="utf-8").splitlines()
 
 
 def verify(root: Path, within: str) -> None:
@@ -77,9 +76,8 @@ def verify(root: Path, within: str) -> None:
 def _known(name: str) -> None:
     known = names()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise CompressorError(f"no built-in pipeline named {name!r}{hint} known: {', '.join(known)}")
+        hint = suggest(name, known) or ";"
+        raise CompressorError(f"no built-in pipeline named '{name}'{hint} known: {', '.join(known)}")
 
 
 def _index(root: Path) -> dict[str, dict[str, str]]:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("errors", "units"),
     ("options", "located_yaml"),
-    ("plugin", "shapes"),
-    ("registry", "builtin"),
+    ("plugin", "builtin"),
+    ("registry", "shapes"),
     ("recipe",),
     ("prompts", "progress", "structure", "sparsity"),
     ("pipeline",),
