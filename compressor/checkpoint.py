@@ -205,7 +205,7 @@ def _prove(pipeline: Pipeline, folder: Path) -> None:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         inputs = pipeline.family.inputs(
-            pipeline.module, batch=1, height=side, width=side, sequence=pipeline.folder.text_tokens
+            pipeline.module, batch=1, height=side, width=side, sequence=pipeline.folder.text_tokens()
         )
     expected = pipeline.module(**inputs, return_dict=False)[0]
     found = saved(**inputs, return_dict=False)[0]

@@ -22,6 +22,8 @@ from compressor.recipe import Model
 from compressor.structure import Family, Target, find_targets
 
 NETWORKS = ("transformer", "unet")
+WITH_T5 = ("StableDiffusion3Pipeline", "FluxPipeline")
+"""Pipelines whose text is given by a T5 encoder too, at a length that the caller may choose."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -59,20 +61,40 @@ class Folder:
             return 8
         return 2 ** (len(self.config("vae").get("block_out_channels", [0] * 4)) - 1)
 
-    @property
-    def text_tokens(self) -> int:
-        """Text tokens that the network is given for a prompt."""
+    def text_tokens(self, max_sequence_length: int | None = None) -> int:
+        """Text tokens that the network is given for a prompt.
+
+        Args:
+            max_sequence_length: of the T5 encoder's part, as diffusers calls it; None for the pipeline's default.
+        """
         tokenizer = self.path / "tokenizer" / "tokenizer_config.json"
         clip = min(_read_json(tokenizer).get("model_max_length") or 77, 512) if tokenizer.is_file() else 77
         if self.family.name == "sd3":
-            return clip + 256  # zeros where there is no T5
-        return 512 if self.family.name == "flux" else clip
+            return clip + (max_sequence_length or 256)  # zeros where there is no T5
+        return (max_sequence_length or 512) if self.family.name == "flux" else clip
 
     @property
     def default_size(self) -> int:
         """Height and width, in pixels, that the pipeline draws at if it is not told."""
         size = self.config(self.network).get("sample_size") or 128
         return int(size if isinstance(size, int) else size[0]) * self.vae_factor
+
+    def check_sequence(self, max_sequence_length: int | None) -> None:
+        """Refuses a length of the T5 encoder's part for a pipeline that has none, or beyond the 512 that T5 is given.
+
+        Raises:
+            CompressorError: saying what would be right.
+        """
+        if max_sequence_length is None:
+            return
+        if self.pipeline_class not in WITH_T5:
+            raise CompressorError(
+                f"calibration.max_sequence_length has no effect: {self.pipeline_class} takes none; remove it"
+            )
+        if max_sequence_length > 512:
+            raise CompressorError(
+                f"calibration.max_sequence_length: should be at most 512, found {max_sequence_length}"
+            )
 
     def check_size(self, height: int | None, width: int | None, where: str) -> None:
         """Refuses a size in pixels that the network cannot draw.

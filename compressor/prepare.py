@@ -103,7 +103,8 @@ def prepare(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress, 
         pipeline = pipelines.load(recipe.model, recipe.device)
         entries = tuple(_enter(f"prune[{i}]", entry, pipeline) for i, entry in enumerate(recipe.prune))
     with watch.phase("encode"):
-        encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures")
+        length = recipe.calibration.max_sequence_length if recipe.calibration else None
+        encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures", length)
         calibration = None
         if calibrating and recipe.calibration is not None:
             calibration = Calibration(pipeline, seen, recipe.calibration, calibrating, recipe.seed, progress)
@@ -114,9 +115,8 @@ def trace_at(recipe: Recipe, folder: pipelines.Folder) -> Trace:
     """One forward of the meta-device twin at the size that the recipe calibrates at."""
     height, width = size_of(recipe, folder)
     factor = folder.vae_factor
-    return trace(
-        folder.twin(), folder.family, height=height // factor, width=width // factor, sequence=folder.text_tokens
-    )
+    sequence = folder.text_tokens(recipe.calibration.max_sequence_length if recipe.calibration else None)
+    return trace(folder.twin(), folder.family, height=height // factor, width=width // factor, sequence=sequence)
 
 
 def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
@@ -128,6 +128,7 @@ def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
     given = recipe.calibration
     if given is not None:
         folder.check_size(given.height, given.width, "calibration.")
+        folder.check_sequence(given.max_sequence_length)
     return (
         (given.height if given else None) or folder.default_size,
         (given.width if given else None) or folder.default_size,

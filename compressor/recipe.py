@@ -93,6 +93,11 @@ class Calibration(Options):
     batch: int = Field(default=4, ge=1, description="prompts at a time; halved when memory runs out")
     height: int | None = Field(default=None, ge=8, description="pixels; the pipeline's own default if not given")
     width: int | None = Field(default=None, ge=8, description="pixels; the pipeline's own default if not given")
+    max_sequence_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of the T5 encoder's part of a prompt (SD3, Flux); the pipeline's own default if not given",
+    )
     packages: int | None = Field(
         default=None,
         ge=1,

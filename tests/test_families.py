@@ -70,7 +70,7 @@ def test_streams_tell_the_tokens_apart(kind):
     """A layer of the text stream is fed as many tokens as there are of text, and so on."""
     pipeline = tiny.load(kind)
     tokens = tiny.traced(pipeline).tokens
-    text = pipeline.folder.text_tokens
+    text = pipeline.folder.text_tokens()
     image = {64, 16} if kind in ("sd2", "sdxl") else {16}
     for target in pipeline.targets:
         found = tokens[target.name]

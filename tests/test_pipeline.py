@@ -342,7 +342,7 @@ def test_the_default_size_and_token_count_are_those_the_pipeline_works_with(kind
     loaded.module.register_forward_pre_hook(remember, with_kwargs=True)
     size = {} if kind != "flux" else {"height": 16, "width": 16}
     loaded.pipe("a cat", num_inference_steps=1, output_type="latent", **size)
-    assert seen["encoder_hidden_states"].shape[1] == folder.text_tokens
+    assert seen["encoder_hidden_states"].shape[1] == folder.text_tokens()
     if kind != "flux":
         latents = seen.get("hidden_states", seen.get("sample"))
         assert latents is not None

@@ -102,7 +102,7 @@ def test_operations_are_those_of_the_real_network(kind):
 
     side = tiny.SIDE // pipeline.folder.vae_factor
     arguments = pipeline.family.inputs(
-        pipeline.module, batch=1, height=side, width=side, sequence=pipeline.folder.text_tokens
+        pipeline.module, batch=1, height=side, width=side, sequence=pipeline.folder.text_tokens()
     )
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(nn.functional, "scaled_dot_product_attention", attention)

@@ -79,7 +79,7 @@ def traced(loaded: Pipeline) -> Trace:
     """One forward of the network's meta-device twin at the size that the tests draw at."""
     found = loaded.folder
     side = SIDE // found.vae_factor
-    return trace(found.twin(), found.family, height=side, width=side, sequence=found.text_tokens)
+    return trace(found.twin(), found.family, height=side, width=side, sequence=found.text_tokens())
 
 
 def component(loaded: Pipeline) -> Component:

@@ -109,7 +109,9 @@ class Calibration:
         self._options = options
         self._progress = progress
         self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
-        self._encoded = sampling.encode(pipeline, prompts, options.guidance, seed, "calibration")
+        self._encoded = sampling.encode(
+            pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length
+        )
 
     def packages(self, targets: Iterable[Target], kind: MomentKind) -> tuple[Package, ...]:
         """Cuts layers into packages as the recipe says, and warns of those that will see too few tokens.

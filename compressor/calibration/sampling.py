@@ -57,7 +57,14 @@ class Settings:
 
 
 @torch.no_grad()
-def encode(pipeline: Pipeline, prompts: Sequence[str], guidance: float, seed: int, use: str) -> list[Encoded]:
+def encode(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    guidance: float,
+    seed: int,
+    use: str,
+    max_sequence_length: int | None = None,
+) -> list[Encoded]:
     """Encodes prompts with the pipeline's own text encoders, once.
 
     Args:
@@ -66,6 +73,7 @@ def encode(pipeline: Pipeline, prompts: Sequence[str], guidance: float, seed: in
         guidance: above 1, the empty prompt is encoded as well.
         seed: the recipe's; prompt number i has noise of its own, decided by seed, use and i.
         use: keeps the noises of calibration and of pictures apart.
+        max_sequence_length: tokens of the T5 encoder's part, for pipelines that have one; None for their default.
     """
     names = _ENCODED.get(pipeline.folder.pipeline_class)
     seeds = [noise_seed(seed, use, i) for i in range(len(prompts))]
@@ -74,7 +82,10 @@ def encode(pipeline: Pipeline, prompts: Sequence[str], guidance: float, seed: in
     encoded: list[Encoded] = []
     for start in range(0, len(prompts), _ENCODE_BATCH):
         texts = list(prompts[start : start + _ENCODE_BATCH])
-        results = pipeline.pipe.encode_prompt(**_arguments(pipeline, texts, guidance))
+        arguments = _arguments(pipeline, texts, guidance)
+        if max_sequence_length is not None:
+            arguments["max_sequence_length"] = max_sequence_length
+        results = pipeline.pipe.encode_prompt(**arguments)
         for i, text in enumerate(texts):
             tensors = {n: r[i : i + 1].cpu() for n, r in zip(names, results, strict=False) if r is not None}
             encoded.append(Encoded(text, seeds[start + i], tensors))
