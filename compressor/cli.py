@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -59,12 +63,13 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
     loaded = recipe.load(recipe_file, overrides)
     output = Path(loaded.output)
     before = _stamp(output)
-    try:
+    with _importing():
         from compressor import quiet
         from compressor.progress import Progress
         from compressor.run import run as run_recipe
 
         quiet.silence_libraries()
+    try:
         run_recipe(loaded, Progress(), overwrite=overwrite)
     except KeyboardInterrupt:
         if _stamp(output) != before:
@@ -102,10 +107,11 @@ def check(recipe_file: str, overrides: tuple[str, ...]) -> None:
 def plan(recipe_file: str, overrides: tuple[str, ...], layers: bool, as_json: bool) -> None:
     """Show what RECIPE would do, without weights and within seconds."""
     loaded = recipe.load(recipe_file, overrides)
-    from compressor import plan_table, quiet
-    from compressor.plan import plan as make
+    with _importing():
+        from compressor import plan_table, quiet
+        from compressor.plan import plan as make
 
-    quiet.silence_libraries()
+        quiet.silence_libraries()
     made = make(loaded)
     click.echo(plan_table.as_json(made) if as_json else plan_table.as_text(made, layers=layers), nl=False)
 
@@ -119,11 +125,12 @@ def plan(recipe_file: str, overrides: tuple[str, ...], layers: bool, as_json: bo
 def compare(recipe_file: str, overrides: tuple[str, ...], out: Path) -> None:
     """Try each entry of RECIPE's `prune` by itself on the dense model and table the results."""
     loaded = recipe.load(recipe_file, overrides)
-    from compressor import quiet
-    from compressor.compare import compare as try_all
-    from compressor.progress import Progress
+    with _importing():
+        from compressor import quiet
+        from compressor.compare import compare as try_all
+        from compressor.progress import Progress
 
-    quiet.silence_libraries()
+        quiet.silence_libraries()
     try_all(loaded, Progress(), out)
     click.echo((out / "compare.md").read_text(encoding="utf-8"), nl=False)
     click.echo(f"figures: {out / 'compare.json'}")
@@ -188,12 +195,13 @@ def generate(
     if not texts and file is None:
         raise click.UsageError("give --prompt or --prompts")
     chosen = list(texts) + (list(prompts.read(recipe.Prompts(file=file), "evaluation")) if file else [])
-    from compressor import checkpoint, pictures, quiet
-    from compressor.calibration.sampling import Settings, encode
-    from compressor.progress import Progress
-    from compressor.report.images import to_image
+    with _importing():
+        from compressor import checkpoint, pictures, quiet
+        from compressor.calibration.sampling import Settings, encode
+        from compressor.progress import Progress
+        from compressor.report.images import to_image
 
-    quiet.silence_libraries()
+        quiet.silence_libraries()
     pipeline = checkpoint.load(folder, device)
     pipeline.folder.check_size(height, width, "--")
     encoded = encode(pipeline, chosen, guidance, seed, "pictures")
@@ -208,7 +216,8 @@ def generate(
 @main.command()
 def doctor() -> None:
     """Show versions, devices, optional backends and plugins."""
-    from compressor.doctor import examine
+    with _importing():
+        from compressor.doctor import examine
 
     for heading, rows in examine().items():
         click.echo(heading)
@@ -220,6 +229,21 @@ def doctor() -> None:
 def schema() -> None:
     """Print a JSON Schema of recipes with the plugins installed here; editors complete from it."""
     click.echo(json.dumps(recipe.schema(), indent=2))
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """While it lasts, Ctrl-C ends the process at once: torch, half imported, would swallow a KeyboardInterrupt."""
+
+    def end(_number: int, _frame: object) -> None:
+        click.echo("\ninterrupted: nothing was begun", err=True)
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stamp(output: Path) -> int | None:
