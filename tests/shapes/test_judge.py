@@ -77,7 +77,7 @@ def test_the_frechet_distance_is_that_of_two_normal_distributions(net):
     x, y = (judge.features(net, pictures).double().numpy() for pictures in (a, b))
     assert x.shape == (300, judge.FEATURES)
     product = np.cov(x, rowvar=False) @ np.cov(y, rowvar=False)
-    root = np.sqrt(np.linalg.eigvals(product).astype(complex)).real.sum()
+    root = np.real(np.sqrt(np.linalg.eigvals(product).astype(complex))).sum()
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.cov(x, rowvar=False).trace() + np.cov(y, rowvar=False).trace()
     assert judge.frechet_distance(net, a, b) == pytest.approx(expected - 2 * root, rel=1e-4)
     assert judge.frechet_distance(net, a, a) == pytest.approx(0, abs=1e-2)

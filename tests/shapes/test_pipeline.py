@@ -1,22 +1,18 @@
 """The shipped pipeline loads as any diffusers folder, is fed as it was trained, and shows what captions say."""
 
-import logging
 import math
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
 from compressor import builtin
 from compressor.shapes import captions, evaluate, judge, networks, scenes
 from compressor.shapes.train.conditioned import Conditioned
 
 CAPTION = "a small red circle to the left of a big blue square on a white background"
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def _load(**options):
@@ -93,7 +89,7 @@ def test_the_tokenizer_spells_what_it_does_not_know(pipe):
 
 
 def test_the_autoencoder_keeps_what_the_judge_sees():
-    vae = AutoencoderKL.from_pretrained(builtin.path("shapes") / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(builtin.path("shapes") / "vae")
     pictures = scenes.render(scenes.sample(128, 77))
     with torch.no_grad():
         latent = vae.encode(pictures * 2 - 1).latent_dist.mode()

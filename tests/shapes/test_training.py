@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from compressor.shapes import judge, scenes
