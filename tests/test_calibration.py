@@ -599,6 +599,18 @@ def test_flux_is_not_run_on_the_empty_prompt():
         assert sizes == [2 if sampling.guided(pipeline.folder.pipeline_class, 3.0) else 1]
 
 
+@pytest.mark.parametrize(("kind", "clip"), [("sd3", tiny.CLIP_TOKENS), ("flux", 0)])
+def test_the_length_of_the_t5_part_is_what_the_network_is_given(kind, clip):
+    pipeline = tiny.load(kind)
+    assert tiny.traced(pipeline).tokens["transformer_blocks.0.attn.add_q_proj"] == clip + (256 if clip else 512)
+    fed: list[Tensor] = []
+    (text,) = [t for t in pipeline.targets if t.name == "transformer_blocks.0.attn.add_q_proj"]
+    tiny.record_inputs(text.module, fed)
+    calibration = tiny.calibrate(pipeline, ("a cat",), steps=1, packages=1, max_sequence_length=24)
+    calibration.collect(calibration.packages([text], "norms")[0], "norms", Uniform())
+    assert [x.shape[1] for x in fed] == [clip + 24]
+
+
 def test_more_samples_asked_for_than_there_are_prompts_is_told():
     calibration = tiny.calibrate(tiny.load("sd3"), samples=100)
     assert calibration.facts.warnings == ["calibration.samples asks for 100 prompts and there are 3; all were used"]
