@@ -192,6 +192,19 @@ def test_a_half_precision_source_stays_half_precision_and_exactly_sparse(dtype, 
     assert report.read(output / "report.json").model.dtype == "float32"  # what a CPU computes in
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("sd2", "float16"), ("flux", "bfloat16")])
+def test_computing_in_half_precision_stores_it_and_is_exactly_sparse(kind, dtype, tmp_path):
+    model = {"source": str(tiny.folder(kind)), "dtype": dtype}
+    output = run(recipe(kind, tmp_path / "out", [{"obs_diff": {"sparsity": 0.5}}], model=model), tiny.quiet())
+    after = weights(kind, output)
+    assert {tensor.dtype for tensor in after.values()} == {getattr(torch, dtype)}
+    for target in tiny.load(kind).targets:
+        weight = after[f"{target.name}.weight"]
+        assert int((weight == 0).sum()) == weight.numel() // 2
+    errors = [row.error for row in report.read(output / "report.json").layers]
+    assert all(error is not None and 0 < error < 0.5 for error in errors)
+
+
 @pytest.mark.parametrize("kind", ["sd3", "sd2"])
 def test_the_same_recipe_and_seed_give_the_same_bytes(kind, tmp_path):
     prune = [{"obs_diff": {"sparsity": 0.5}}]
@@ -309,7 +322,7 @@ class Lazy(Magnitude):
 
     def prune(self, component, calibration) -> Iterator[LayerResult]:
         for target in component.targets:
-            yield LayerResult(target.name, 0)
+            yield LayerResult(target.name)
 
 
 class Forgetful(Magnitude):
