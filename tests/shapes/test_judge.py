@@ -97,3 +97,14 @@ def test_one_caption_a_picture_is_needed(net):
     with pytest.raises(CompressorError) as error:
         judge.score(net, torch.zeros(2, 3, 64, 64), ["a red circle"])
     assert str(error.value) == "one caption a picture is needed, found 1 for 2 pictures"
+
+
+def test_a_damaged_judge_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "judge.safetensors"
+    file.write_bytes(b"abc")
+    (tmp_path / "hashes.json").write_text('{"sha256": {"judge.safetensors": "00ff"}}')
+    monkeypatch.setattr(judge, "__file__", str(tmp_path / "judge.py"))
+    with pytest.raises(CompressorError) as error:
+        judge.load()
+    assert str(error.value).startswith(f"{file}: weights file is damaged; found sha256 ba7816bf")
+    assert "expected 00ff" in str(error.value)
