@@ -63,6 +63,22 @@ def claim(output: Path, source: Path | None, overwrite: bool) -> None:
         raise CompressorError(f"output: {target.parent} cannot be written: {error.strerror}") from None
 
 
+def check_space(pipeline: Pipeline, output: Path) -> None:
+    """Makes sure, before any slow work is done, that the disk has room for the result.
+
+    Raises:
+        CompressorError: with what is needed and what is free.
+    """
+    sizes: dict[int, int] = {}  # by address, for a tensor that is shared is written once
+    for component in pipeline.stored:
+        for name, tensor in getattr(pipeline.pipe, component).state_dict().items():
+            dtype = _stored_dtype(pipeline, component, name) if tensor.is_floating_point() else tensor.dtype
+            sizes[tensor.data_ptr()] = tensor.numel() * dtype.itemsize
+    needed, free = sum(sizes.values()), shutil.disk_usage(output.resolve().parent).free
+    if needed > free:
+        raise CompressorError(f"output: {output} needs {needed:,} bytes on its disk, found {free:,} free")
+
+
 @torch.no_grad()
 def round_to_stored(pipeline: Pipeline) -> None:
     """Rounds the network's weights to the dtype that they will be saved in: what is measured is what is saved."""

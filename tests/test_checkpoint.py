@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -188,6 +189,19 @@ def test_a_full_disk_leaves_nothing_where_there_was_nothing(loaded, tmp_path):
     with largest_file(10_000), pytest.raises(CompressorError, match=r"File too large[^;]*$"):
         checkpoint.save(loaded, tmp_path / "out", RECORD)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_found_out_before_the_work(loaded, result, monkeypatch):
+    needed = sum(file.stat().st_size for file in result.rglob("*.safetensors"))
+    for free, enough in ((0.8 * needed, False), (1.1 * needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: SimpleNamespace(free=int(free)))
+        if enough:
+            checkpoint.check_space(loaded, result)
+        else:
+            with pytest.raises(
+                CompressorError, match=r"^output: .*/out needs [\d,]+ bytes on its disk, found [\d,]+ free$"
+            ):
+                checkpoint.check_space(loaded, result)
 
 
 @pytest.mark.parametrize("step", ["_write", "_prove", "_swap", "sha256"])
