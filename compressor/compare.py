@@ -53,7 +53,7 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
     """
     if not recipe.report.images:
         raise CompressorError("report.images: should be at least 1 to compare by, found 0")
-    job = prepare(recipe, folder / "unused", Stopwatch(), progress, overwrite=True)
+    job = prepare(recipe, folder / "unused", Stopwatch(), progress, overwrite=True, alternatives=True)
     dense = job.draw(progress, "drawing, dense")
     weights = {target.name: target.module.weight.data for entry in job.entries for target in entry.component.targets}
     original = {name: weight.clone() for name, weight in weights.items()}
@@ -62,13 +62,16 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
         progress.say(f"{number} of {len(job.entries)}: {_describe(recipe, number - 1)}")
         for name, weight in weights.items():
             weight.copy_(original[name])
+        if job.calibration is not None:
+            job.calibration.start_over()
         start = time.perf_counter()
         layers = prune(entry, job.pipeline, job.calibration, progress)
         seconds = time.perf_counter() - start
         pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
         assert pairs is not None
         figures, notes = report.measure(job.metrics, pairs)
-        rows.append(Row(entry.where, _describe(recipe, number - 1), sparsity(layers)[1], seconds, figures, notes))
+        said = (*(job.calibration.facts.warnings if job.calibration else ()), *notes)
+        rows.append(Row(entry.where, _describe(recipe, number - 1), sparsity(layers)[1], seconds, figures, said))
         _write(job, rows, folder)
     return tuple(rows)
 

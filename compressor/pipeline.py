@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -169,14 +170,18 @@ class Pipeline:
         return next(self.module.parameters()).device
 
 
-def open_folder(model: Model) -> Folder:
-    """Finds a model's folder and reads what it is, without its weights.
+def open_folder(model: Model, *, weights: bool = True) -> Folder:
+    """Finds a model's folder and reads what it is from its JSON files.
+
+    Args:
+        model: which one.
+        weights: whether a model of the hub is fetched with its weights, or only its JSON files.
 
     Raises:
         CompressorError: if there is no such model, it is no diffusers folder, it lacks the component asked for,
             or no family knows its network.
     """
-    path = _locate(model)
+    path = _locate(model, weights=weights)
     index_file = path / "model_index.json"
     if not index_file.is_file():
         raise CompressorError(f"{path}: should be a diffusers folder with a model_index.json, found none")
@@ -264,7 +269,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _locate(model: Model) -> Path:
+def _locate(model: Model, *, weights: bool) -> Path:
     source = model.source
     if source.startswith("builtin:"):
         return builtin.path(source.removeprefix("builtin:"))
@@ -279,6 +284,8 @@ def _locate(model: Model) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise CompressorError(f"model.source: no folder '{source}', and it is no hub id of the form org/name")
     try:
+        if not weights:
+            return Path(snapshot_download(source, allow_patterns=["*.json"]))
         return Path(
             DiffusionPipeline.download(source, use_safetensors=True, variant=model.variant or None)  # pyright: ignore
         )

@@ -9,10 +9,9 @@ from compressor import pipeline as pipelines
 from compressor import prompts
 from compressor.calibration import explain_rank, sampling
 from compressor.calibration.packages import Package, cut
-from compressor.prepare import size_of, trace_at
-from compressor.recipe import Pruning, Recipe
-from compressor.registry import Choice
-from compressor.structure import Target, Trace, find_targets, select
+from compressor.prepare import Entry, check_apart, enter, size_of, trace_at
+from compressor.recipe import Recipe
+from compressor.structure import Trace, find_targets
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         CompressorError: as the run would, for a model, layers or prompts that do not fit.
     """
-    folder = pipelines.open_folder(recipe.model)
+    folder = pipelines.open_folder(recipe.model, weights=False)
     twin = folder.twin()
     given = recipe.calibration
     height, width = size_of(recipe, folder)
@@ -100,9 +99,10 @@ def plan(recipe: Recipe) -> Plan:
     warnings: list[str] = []
     entries = []
     zeros: dict[str, int] = {}
-    for entry in recipe.prune:
-        targets = select(linears, entry.targets.include, entry.targets.exclude)
-        planned, notes = _plan_entry(recipe, entry, targets, seen, texts, folder.pipeline_class)
+    found = enter(recipe, folder.network, twin, folder.family)
+    check_apart(found)
+    for entry in found:
+        planned, notes = _plan_entry(recipe, entry, seen, texts, folder.pipeline_class)
         entries.append(planned)
         warnings += [note for note in notes if note not in warnings]
         zeros |= {layer.name: layer.zeros for layer in planned.layers}
@@ -126,9 +126,9 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _plan_entry(
-    recipe: Recipe, entry: Pruning, targets: tuple[Target, ...], seen: Trace, texts: int, pipeline_class: str
+    recipe: Recipe, entry: Entry, seen: Trace, texts: int, pipeline_class: str
 ) -> tuple[PlannedPruning, list[str]]:
-    entry.pruner.check(targets)
+    targets = entry.component.targets
     notes: list[str] = []
     packages: tuple[Package, ...] = ()
     forwards = 0
@@ -144,4 +144,4 @@ def _plan_entry(
         PlannedLayer(t.name, t.layer.part, t.layer.role, t.layer.stream, t.outputs * t.inputs, entry.pruner.zeros(t))
         for t in targets
     )
-    return PlannedPruning(Choice("pruner").name(entry.pruner), layers, packages, forwards), notes
+    return PlannedPruning(entry.name, layers, packages, forwards), notes

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import asdict, fields
 
 from compressor.plan import Plan, PlannedLayer, PlannedPruning
-from compressor.units import count, percent, size
+from compressor.units import count, percent, several, size
 
 
 def as_json(plan: Plan) -> str:
@@ -55,15 +55,14 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
     weights = sum(layer.weights for layer in entry.layers)
     zeros = sum(layer.zeros for layer in entry.layers)
     lines = [
-        f"{entry.pruner}: {len(entry.layers)} layers, {count(weights)} weights, "
+        f"{entry.pruner}: {several(len(entry.layers), 'layer')}, {count(weights)} weights, "
         f"{count(zeros)} to become zero ({percent(zeros / weights)})",
     ]
     if entry.packages:
         most = max(package.moment_bytes for package in entry.packages)
         lines.append(
-            f"  calibration: {plan.prompts} prompts, {len(entry.packages)} packages of at most {size(most)} of "
-            "moments, "
-            f"{entry.forwards} forwards"
+            f"  calibration: {several(plan.prompts, 'prompt')}, {several(len(entry.packages), 'package')} of at most "
+            f"{size(most)} of moments, {several(entry.forwards, 'forward')}"
         )
     if layers:
         width = max(len(layer.name) for layer in entry.layers)

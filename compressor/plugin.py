@@ -31,7 +31,6 @@ class LayerResult:
 
     Attributes:
         name: the layer's dotted name in the component.
-        zeros: how many weights were to become zero; counted again in the stored weight after the run.
         error: ||W X - W' X||^2 / ||W X||^2 over the calibration tokens, or None where none were gathered.
         damping: what was added to the diagonal of the Hessian, relative to its mean; None without one.
         seconds: time spent on this layer.
@@ -39,7 +38,6 @@ class LayerResult:
     """
 
     name: str
-    zeros: int
     error: float | None = None
     damping: float | None = None
     seconds: float = 0.0

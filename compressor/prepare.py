@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor import checkpoint, pictures, prompts
 from compressor import pipeline as pipelines
@@ -15,9 +15,9 @@ from compressor.measure import Stopwatch
 from compressor.pipeline import Pipeline
 from compressor.plugin import Metric, Pruner, Samples
 from compressor.progress import Progress
-from compressor.recipe import Pruning, Recipe
+from compressor.recipe import Recipe
 from compressor.registry import Choice, find, load
-from compressor.structure import Component, Trace, select, trace
+from compressor.structure import Component, Family, Trace, find_targets, select, trace
 
 Drawn = tuple[Tensor, Tensor]
 
@@ -68,8 +68,10 @@ class Prepared:
         if not self.encoded:
             return None
         recipe = self.recipe
-        size = (recipe.calibration.height, recipe.calibration.width) if recipe.calibration else (None, None)
-        settings = sampling.Settings(recipe.report.steps, recipe.report.guidance, *size)
+        given, other = recipe.report, recipe.calibration
+        height = given.height or (other.height if other else None)
+        width = given.width or (other.width if other else None)
+        settings = sampling.Settings(given.steps, given.guidance, height, width)
         return pictures.draw(self.pipeline, self.encoded, settings, recipe.report.batch, progress, title)
 
     def pairs(self, dense: Drawn | None, pruned: Drawn | None) -> Samples | None:
@@ -79,7 +81,15 @@ class Prepared:
         return Samples(self.prompts, dense[0], pruned[0], dense[1], pruned[1])
 
 
-def prepare(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress, *, overwrite: bool) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    output: Path,
+    watch: Stopwatch,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    alternatives: bool = False,
+) -> Prepared:
     """Finds everything that could be wrong before anything slow is done, and loads the model.
 
     Args:
@@ -88,6 +98,7 @@ def prepare(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress, 
         watch: gets the phases `load` and `encode`.
         progress: told what is being done.
         overwrite: replace an output folder that is not an earlier result.
+        alternatives: the entries of `prune` are tried one at a time, so that they may name the same layers.
 
     Raises:
         CompressorError: for prompts, exporters, a model, layers or an output folder that do not fit.
@@ -101,7 +112,10 @@ def prepare(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress, 
         seen = trace_at(recipe, folder)
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device)
-        entries = tuple(_enter(f"prune[{i}]", entry, pipeline) for i, entry in enumerate(recipe.prune))
+        checkpoint.check_space(pipeline, output)
+        entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family)
+        if not alternatives:
+            check_apart(entries)
     with watch.phase("encode"):
         length = recipe.calibration.max_sequence_length if recipe.calibration else None
         encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures", length)
@@ -125,14 +139,13 @@ def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
     Raises:
         CompressorError: if the network cannot draw at the size that the recipe gives.
     """
-    given = recipe.calibration
+    given, shown = recipe.calibration, recipe.report
+    folder.check_size(shown.height, shown.width, "report.")
     if given is not None:
         folder.check_size(given.height, given.width, "calibration.")
         folder.check_sequence(given.max_sequence_length)
-    return (
-        (given.height if given else None) or folder.default_size,
-        (given.width if given else None) or folder.default_size,
-    )
+    at = given or shown
+    return at.height or folder.default_size, at.width or folder.default_size
 
 
 def _read_prompts(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -162,8 +175,40 @@ def _check_exporters(recipe: Recipe) -> None:
             raise CompressorError(f"export[{i}]: {missing}")
 
 
-def _enter(where: str, entry: Pruning, pipeline: Pipeline) -> Entry:
-    targets = select(pipeline.targets, entry.targets.include, entry.targets.exclude)
-    entry.pruner.check(targets)
-    component = Component(pipeline.component_name, pipeline.module, pipeline.family, targets)
-    return Entry(where, Choice("pruner").name(entry.pruner), entry.pruner, component)
+def enter(recipe: Recipe, name: str, module: nn.Module, family: Family) -> tuple[Entry, ...]:
+    """Gives every entry of the recipe's `prune` its layers.
+
+    Args:
+        recipe: checked.
+        name: of the network.
+        module: the network, possibly on the meta device.
+        family: its table.
+
+    Raises:
+        CompressorError: if a pattern matches nothing, or a pruner cannot prune a layer that it is given.
+    """
+    linears = find_targets(module, family)
+    entries = []
+    for i, entry in enumerate(recipe.prune):
+        targets = select(linears, entry.targets.include, entry.targets.exclude)
+        entry.pruner.check(targets)
+        component = Component(name, module, family, targets)
+        entries.append(Entry(f"prune[{i}]", Choice("pruner").name(entry.pruner), entry.pruner, component))
+    return tuple(entries)
+
+
+def check_apart(entries: tuple[Entry, ...]) -> None:
+    """Refuses a layer that two entries would prune: the second would not know of the first one's zeros.
+
+    Raises:
+        CompressorError: naming the first such layer.
+    """
+    taken: dict[str, Entry] = {}
+    for entry in entries:
+        for target in entry.component.targets:
+            other = taken.setdefault(target.name, entry)
+            if other is not entry:
+                raise CompressorError(
+                    f"{entry.where}: {target.name} is pruned by {other.where} already; "
+                    "give each its own layers by targets"
+                )

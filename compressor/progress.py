@@ -26,6 +26,7 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._bars: Bars | None = None
+        self._lines: list[_Lines] = []
 
     def say(self, text: str) -> None:
         """Prints one line."""
@@ -40,7 +41,13 @@ class Progress:
             total: how much there is to do.
         """
         if not self.console.is_terminal:
-            yield _Lines(self, title, total).advance
+            for outer in self._lines:
+                outer.quiet = True  # the time left of a task with others inside would mislead
+            self._lines.append(_Lines(self, title, total))
+            try:
+                yield self._lines[-1].advance
+            finally:
+                self._lines.pop()
             return
         with self._shown() as bars:
             task = bars.add_task(title, total=total)
@@ -77,6 +84,7 @@ class _Lines:
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         self._progress, self._title, self._total = progress, title, total
         self._done = 0
+        self.quiet = False
         self._start = self._told = time.monotonic()
         progress.say(f"{title} ...")
 
@@ -86,7 +94,7 @@ class _Lines:
         passed = now - self._start
         if self._done >= self._total:
             self._progress.say(f"{self._title}: {self._total} in {duration(passed)}")
-        elif now - self._told >= EVERY:
+        elif now - self._told >= EVERY and not self.quiet:
             self._told = now
             left = duration(passed * (self._total - self._done) / self._done)
             self._progress.say(f"{self._title}: {self._done} of {self._total}, about {left} left")

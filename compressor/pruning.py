@@ -67,5 +67,13 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None) -> LayerRo
         error=result.error,
         damping=result.damping,
         seconds=result.seconds,
-        notes=result.notes,
+        notes=(*result.notes, *_explain_more(zeros - asked)),
+    )
+
+
+def _explain_more(more: int) -> tuple[str, ...]:
+    if more == 0:
+        return ()
+    return (
+        f"{more} more weights are zero than asked: they were before, or are too small for the dtype they are saved in",
     )

@@ -151,6 +151,8 @@ class Report(Options):
     images: int = Field(default=8, ge=0, description="pairs of images drawn dense and pruned from equal noise")
     steps: int = Field(default=25, ge=1, description="inference steps an image")
     guidance: float = Field(default=7.0, ge=0, description="classifier-free guidance scale")
+    height: int | None = Field(default=None, ge=8, description="pixels; as calibrated if not given")
+    width: int | None = Field(default=None, ge=8, description="pixels; as calibrated if not given")
     batch: int = Field(default=4, ge=1, description="images at a time; halved when memory runs out")
     metrics: tuple[Annotated[Metric, Choice("metric")], ...] | None = Field(
         default=None, strict=False, description="every installed metric that applies to the model, if not given"

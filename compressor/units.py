@@ -18,6 +18,11 @@ def size(value: float) -> str:
     return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
 
 
+def several(number: int, thing: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def duration(seconds: float) -> str:
     """A time: `340 ms`, `12.3 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 0.0005:

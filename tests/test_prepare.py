@@ -7,7 +7,11 @@ import pytest
 from compressor import pipeline
 from compressor.calibration import sampling
 from compressor.errors import CompressorError
-from compressor.recipe import Model
+from compressor.measure import Stopwatch
+from compressor.plan import plan
+from compressor.prepare import prepare
+from compressor.progress import Progress
+from compressor.recipe import Model, Recipe
 from tests import tiny
 
 
@@ -33,3 +37,44 @@ def test_a_length_that_does_not_fit_the_pipeline_is_refused(kind: str, length: i
     with pytest.raises(CompressorError) as error:
         folder.check_sequence(length)
     assert str(error.value) == message
+
+
+def overlapping(**other) -> Recipe:
+    prune = [{"magnitude": {"sparsity": 0.5}}, {"magnitude": {"sparsity": 0.3}, "targets": {"include": ["down"]}}]
+    data = {"model": str(tiny.folder("sd3")), "prune": prune, "report": {"images": 0}, "output": "unused", **other}
+    return Recipe.model_validate(data)
+
+
+def test_two_entries_for_one_layer_are_refused_by_run_and_plan(tmp_path):
+    expected = (
+        "prune[1]: transformer_blocks.0.ff.net.2 is pruned by prune[0] already; give each its own layers by targets"
+    )
+    with pytest.raises(CompressorError) as error:
+        plan(overlapping())
+    assert str(error.value) == expected
+    with pytest.raises(CompressorError) as error:
+        prepare(overlapping(), tmp_path / "out", Stopwatch(), Progress())
+    assert str(error.value) == expected
+    prepare(overlapping(), tmp_path / "out", Stopwatch(), Progress(), alternatives=True)
+
+
+def test_the_size_of_pictures_may_be_given_without_a_calibration(tmp_path):
+    report = {"images": 1, "prompts": ["a"], "height": 16, "width": 32, "steps": 1}
+    prune = [{"magnitude": {"sparsity": 0.5}}]
+    recipe = overlapping(report=report, prune=prune)
+    assert (plan(recipe).height, plan(recipe).width) == (16, 32)
+    drawn = prepare(recipe, tmp_path / "out", Stopwatch(), Progress()).draw(Progress(), "drawing")
+    assert drawn is not None
+    assert drawn[0].shape[-2:] == (16, 32)
+
+
+def test_planning_a_model_of_the_hub_fetches_json_files_only(monkeypatch):
+    asked = {}
+
+    def fetch(source, **options):
+        asked.update(options, source=source)
+        return str(tiny.folder("sd3"))
+
+    monkeypatch.setattr(pipeline, "snapshot_download", fetch)
+    assert pipeline.open_folder(Model(source="org/name"), weights=False).network == "transformer"
+    assert asked == {"source": "org/name", "allow_patterns": ["*.json"]}

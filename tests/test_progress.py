@@ -33,3 +33,18 @@ def test_on_a_terminal_a_task_inside_another_adds_a_bar():
     assert "pruning" in written.getvalue()
     assert "calibrating" in written.getvalue()
     assert "2/2" in written.getvalue()
+
+
+def test_the_time_left_of_a_task_with_others_inside_is_not_guessed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    written = io.StringIO()
+    shown = progress.Progress(Console(file=written))
+    with shown.task("pruning", total=3) as outer:
+        with shown.task("calibrating", total=1) as inner:
+            inner(1)
+        outer(1)
+    assert [line.partition(":")[0] for line in written.getvalue().splitlines()] == [
+        "pruning ...",
+        "calibrating ...",
+        "calibrating",
+    ]

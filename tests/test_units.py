@@ -72,3 +72,9 @@ def test_figures_end_where_their_standard_error_does(value: float, error: float 
 
 def test_a_figure_and_its_error_are_scaled_together():
     assert units.measured(0.5, 0.02, "%", 100) == "50.0 ± 2.0 %"
+
+
+def test_one_thing_is_singular():
+    assert units.several(1, "prompt") == "1 prompt"
+    assert units.several(0, "prompt") == "0 prompts"
+    assert units.several(2, "prompt") == "2 prompts"

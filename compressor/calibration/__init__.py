@@ -99,11 +99,6 @@ class Calibration:
         seed: int,
         progress: Progress,
     ) -> None:
-        self.facts = Facts(prompts=len(prompts), batch=options.batch)
-        if len(prompts) < options.samples and "samples" in options.model_fields_set:
-            self.facts.warnings.append(
-                f"calibration.samples asks for {options.samples} prompts and there are {len(prompts)}; all were used"
-            )
         self._pipeline = pipeline
         self._trace = trace
         self._options = options
@@ -112,6 +107,16 @@ class Calibration:
         self._encoded = sampling.encode(
             pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length
         )
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
+        options, prompts = self._options, len(self._encoded)
+        self.facts = Facts(prompts=prompts, batch=options.batch)
+        if prompts < options.samples and "samples" in options.model_fields_set:
+            self.facts.warnings.append(
+                f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used"
+            )
 
     def packages(self, targets: Iterable[Target], kind: MomentKind) -> tuple[Package, ...]:
         """Cuts layers into packages as the recipe says, and warns of those that will see too few tokens.

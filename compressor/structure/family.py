@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -52,7 +53,7 @@ class ExampleInputs(Protocol):
 
     def __call__(
         self, module: nn.Module, *, batch: int, height: int, width: int, sequence: int
-    ) -> dict[str, Tensor | dict[str, Tensor]]:
+    ) -> Mapping[str, Tensor | Mapping[str, Tensor]]:
         """Random inputs by argument name, on the module's device and in its dtype.
 
         Args:

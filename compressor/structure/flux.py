@@ -6,6 +6,8 @@ input, and one output projection reads both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +16,14 @@ from compressor.structure.family import BlockTable, Family, Layer, config, like
 
 def example_inputs(
     module: nn.Module, *, batch: int, height: int, width: int, sequence: int
-) -> dict[str, Tensor | dict[str, Tensor]]:
+) -> Mapping[str, Tensor | Mapping[str, Tensor]]:
     """Inputs of `FluxTransformer2DModel.forward`: latents packed two by two, with the position of every token."""
     settings, (device, dtype) = config(module), like(module)
     rows, columns = height // 2, width // 2
     positions = torch.zeros(rows, columns, 3)
     positions[..., 1] += torch.arange(rows)[:, None]
     positions[..., 2] += torch.arange(columns)[None, :]
-    inputs: dict[str, Tensor | dict[str, Tensor]] = {
+    inputs: dict[str, Tensor | Mapping[str, Tensor]] = {
         "hidden_states": torch.randn(batch, rows * columns, settings.in_channels, device=device, dtype=dtype),
         "encoder_hidden_states": torch.randn(batch, sequence, settings.joint_attention_dim, device=device, dtype=dtype),
         "pooled_projections": torch.randn(batch, settings.pooled_projection_dim, device=device, dtype=dtype),

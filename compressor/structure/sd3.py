@@ -7,6 +7,8 @@ model has no text output (`context_pre_only`), so some rows are absent there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from compressor.structure.family import BlockTable, Family, Layer, config, like
 
 def example_inputs(
     module: nn.Module, *, batch: int, height: int, width: int, sequence: int
-) -> dict[str, Tensor | dict[str, Tensor]]:
+) -> Mapping[str, Tensor | Mapping[str, Tensor]]:
     """Inputs of `SD3Transformer2DModel.forward`."""
     settings, (device, dtype) = config(module), like(module)
     return {

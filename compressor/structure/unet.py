@@ -6,6 +6,8 @@ Podell et al., "SDXL" (ICLR 2024). The feed-forward's up projection yields two h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,10 @@ _LAYERS = (
 
 def example_inputs(
     module: nn.Module, *, batch: int, height: int, width: int, sequence: int
-) -> dict[str, Tensor | dict[str, Tensor]]:
+) -> Mapping[str, Tensor | Mapping[str, Tensor]]:
     """Inputs of `UNet2DConditionModel.forward`, with SDXL's additional embeddings where the config asks for them."""
     settings, (device, dtype) = config(module), like(module)
-    inputs: dict[str, Tensor | dict[str, Tensor]] = {
+    inputs: dict[str, Tensor | Mapping[str, Tensor]] = {
         "sample": torch.randn(batch, settings.in_channels, height, width, device=device, dtype=dtype),
         "timestep": torch.tensor(500.0, device=device, dtype=dtype),
         "encoder_hidden_states": torch.randn(batch, sequence, settings.cross_attention_dim, device=device, dtype=dtype),

@@ -39,7 +39,6 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
             now = time.perf_counter()
             yield LayerResult(
                 name=target.name,
-                zeros=options.zeros(target),
                 error=relative_error(old_OI, weight.float(), second_II),
                 damping=factor.damping,
                 seconds=now - start,

@@ -65,4 +65,4 @@ class Wanda(Pruner):
                     zeros = self.zeros(target)
                     score_OI = weight_OI.float().abs() * norm_I
                     weight_OI.masked_fill_(self.granularity.mask(score_OI, zeros, per_row=True), 0)
-                    yield LayerResult(target.name, zeros, seconds=time.perf_counter() - start)
+                    yield LayerResult(target.name, seconds=time.perf_counter() - start)
