@@ -118,7 +118,10 @@ class Targets(Options):
     """Which linear layers are pruned, by role, by name, or by `re:` and a regular expression on the name."""
 
     include: tuple[str, ...] = Field(
-        default=("attention", "feed_forward"), strict=False, description="a layer is taken if any of these matches it"
+        default=("attention", "feed_forward"),
+        strict=False,
+        min_length=1,
+        description="a layer is taken if any of these matches it",
     )
     exclude: tuple[str, ...] = Field(
         default=(), strict=False, description="and left out again if any of these matches it"

@@ -174,6 +174,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
             "{obs_diff: {sparsity: 0.5}, target: {include: [query]}}",
             ".target: unknown key; did you mean 'targets'?",
         ),
+        ("{obs_diff: {sparsity: 0.5}, targets: {include: []}}", ".targets.include: should not be empty"),
         (
             "{obs_diff: {sparsity: 0.5}, targets: {includes: [query]}}",
             ".targets.includes: unknown key; did you mean 'include'?",
