@@ -111,6 +111,27 @@ def test_a_plugin_of_another_distribution_is_found_loaded_and_used_in_a_recipe(i
     assert recipe_with(tmp_path, "zero").prune[0].pruner.model_dump() == {"strength": 1}
 
 
+def test_it_prunes_a_pipeline_like_any_other(install, tmp_path):
+    import tiny
+
+    from compressor import checkpoint
+    from compressor.progress import Progress
+    from compressor.run import run
+
+    install("other", {"zero": "other_module:Zero"})
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        f"model: {tiny.folder('sd3')}\nprune:\n  - zero: {{strength: 2}}\n    targets: {{include: [query]}}\n"
+        f"report: {{images: 0}}\noutput: {tmp_path}/out\n"
+    )
+    record = checkpoint.verify(run(recipe.load(file), Progress()))
+    assert record["recipe"]["prune"][0]["zero"] == {"strength": 2}
+    assert record["layers"]
+    for name, row in record["layers"].items():
+        assert name.endswith(("to_q", "add_q_proj"))
+        assert (row["pruner"], row["sparsity"]) == ("zero", 1.0)
+
+
 def test_its_options_are_checked_like_those_of_any_other(install, tmp_path):
     install("other", {"zero": "other_module:Zero"})
     with pytest.raises(CompressorError) as caught:
