@@ -222,9 +222,7 @@ def nothing_is_verified(folder: Path) -> None:
             run(asked, tiny.quiet())
     assert list(folder.iterdir()) == []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            load("pruner", "magnitude"), "prune", lambda self, c, _: (LayerResult(t.name, 128) for t in c.targets)
-        )
+        patch.setattr(load("pruner", "magnitude"), "prune", lambda self, c, _: (LayerResult(t.name) for t in c.targets))
         with pytest.raises(CompressorError, match=r"should have made 128 weights of .* zero, found 0"):
             run(asked, tiny.quiet())
     assert list(folder.iterdir()) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_streams_tell_the_tokens_apart(kind):
 
 
 @torch.no_grad()
-def inputs_of_all(pipeline: Pipeline, arguments: dict) -> dict[str, Tensor]:
+def inputs_of_all(pipeline: Pipeline, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     seen: dict[str, list[Tensor]] = {target.name: [] for target in pipeline.targets}
     handles = [tiny.record_inputs(target.module, seen[target.name]) for target in pipeline.targets]
     pipeline.module(**arguments)

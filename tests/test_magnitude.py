@@ -31,7 +31,7 @@ def prune(kind: str, options: dict, dtype: torch.dtype = torch.float32):
 def test_the_smallest_weights_of_each_layer_go_and_the_others_stay(kind, sparsity):
     for old, new, result, promised in prune(kind, {"sparsity": sparsity}):
         asked = round(sparsity * old.numel())
-        assert result.zeros == promised == asked
+        assert promised == asked
         order = sorted((abs(value), i) for i, value in enumerate(old.flatten().tolist()))
         expected = old.flatten().clone()
         expected[[i for _, i in order[:asked]]] = 0
@@ -43,9 +43,9 @@ def test_the_smallest_weights_of_each_layer_go_and_the_others_stay(kind, sparsit
 @pytest.mark.parametrize(("keep", "of"), [(2, 4), (1, 4), (1, 2), (4, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_largest_n_of_every_m_stay(keep, of, dtype):
-    for old, new, result, promised in prune("sd3", {"granularity": {"n_m": {"keep": keep, "of": of}}}, dtype):
+    for old, new, _, promised in prune("sd3", {"granularity": {"n_m": {"keep": keep, "of": of}}}, dtype):
         assert new.dtype == dtype
-        assert result.zeros == promised == old.numel() * (of - keep) // of
+        assert promised == old.numel() * (of - keep) // of
         for before, after in zip(old.reshape(-1, of).tolist(), new.reshape(-1, of).tolist(), strict=True):
             largest = sorted(range(of), key=lambda i, row=before: (-abs(row[i]), -i))[:keep]
             assert after == [before[i] if i in largest else 0 for i in range(of)]

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from compressor.errors import CompressorError
 from compressor.plugin import LayerResult
 from compressor.recipe import Recipe
 from compressor.run import run
+from compressor.structure import Component
 from tests import tiny
 from tests.tiny import diffusers
 
@@ -317,61 +318,47 @@ def test_images_are_drawn_dense_and_pruned_from_equal_noise(tmp_path):
     assert (output / "report.html").read_text().count("a red dog") >= 1
 
 
-class Lazy(Magnitude):
+prune_by_magnitude = Magnitude.prune
+
+
+def lazy(self: Magnitude, component: Component, _: Any) -> Iterator[LayerResult]:
     """Promises and does nothing."""
-
-    def prune(self, component, calibration) -> Iterator[LayerResult]:
-        for target in component.targets:
-            yield LayerResult(target.name)
+    return (LayerResult(target.name) for target in component.targets)
 
 
-class Forgetful(Magnitude):
+def forgetful(self: Magnitude, component: Component, _: Any) -> Iterator[LayerResult]:
     """Leaves out the last layer."""
-
-    def prune(self, component, calibration) -> Iterator[LayerResult]:
-        yield from list(super().prune(component, calibration))[:-1]
+    yield from list(prune_by_magnitude(self, component, None))[:-1]
 
 
-class Wild(Magnitude):
-    """Makes weights that are not finite."""
-
-    value: ClassVar[float] = float("inf")
-
-    def prune(self, component, calibration) -> Iterator[LayerResult]:
-        yield from super().prune(component, calibration)
-        component.targets[3].module.weight.data[0, 0] = self.value
+def wild(self: Magnitude, component: Component, _: Any) -> Iterator[LayerResult]:
+    """Makes a weight that is not finite."""
+    yield from prune_by_magnitude(self, component, None)
+    component.targets[3].module.weight.data[0, 0] = float("inf")
 
 
 @pytest.mark.parametrize(
     ("pruner", "words"),
     [
         (
-            Lazy,
+            lazy,
             "prune[0]: pruner 'magnitude' should have made 128 weights of transformer_blocks.0.attn.to_q zero, found "
             "0; nothing was kept",
         ),
         (
-            Forgetful,
+            forgetful,
             "prune[0]: pruner 'magnitude' left out transformer_blocks.1.ff.net.2; nothing was kept",
         ),
         (
-            Wild,
+            wild,
             "prune[0]: pruner 'magnitude' left values in transformer_blocks.0.attn.add_q_proj that are not finite; "
             "nothing was kept",
         ),
     ],
 )
 def test_a_pruner_that_breaks_its_promise_fails_the_run(pruner, words, tmp_path, monkeypatch):
-    from compressor import prepare
-
+    monkeypatch.setattr(Magnitude, "prune", pruner)
     asked = recipe("sd3", tmp_path / "out", [{"magnitude": {"sparsity": 0.5}}])
-    enter = prepare._enter
-
-    def other(*args):
-        entry = enter(*args)
-        return prepare.Entry(entry.where, entry.name, pruner(sparsity=0.5), entry.component)
-
-    monkeypatch.setattr(prepare, "_enter", other)
     with pytest.raises(CompressorError) as caught:
         run(asked, tiny.quiet())
     assert str(caught.value) == words

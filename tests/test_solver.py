@@ -407,7 +407,7 @@ def test_layers_report_the_error_of_the_weights_as_they_are_kept(dtype):
     for result, target, old_OI in zip(results, packed.groups[0].targets, dense, strict=True):
         new_OI = target.module.weight
         assert new_OI.dtype == dtype
-        assert int((new_OI == 0).sum()) == result.zeros == old_OI.numel() // 2
+        assert int((new_OI == 0).sum()) == options.zeros(target) == old_OI.numel() // 2
         difference_OI = new_OI.double() - old_OI.double()
         expected = loss(difference_OI, x_TI) / loss(old_OI.double(), x_TI)
         assert result.error is not None
