@@ -11,13 +11,13 @@ demo: setup
 	$(BIN)/compressor run recipes/quickstart.yaml --overwrite
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -530,7 +530,7 @@ def test_options_without_a_meaning_are_refused(options, message):
 
 def test_the_stated_tolerances_are_those_in_the_help():
     text = ONNX.model_fields["tolerance"].description or ""
-    assert "2e-5 for float32, 1e-2 for float16" in text
+    assert "2e-5 for float32 and 1e-2 for float16" in text
     assert TOLERANCES == {"float32": 2e-5, "float16": 1e-2}
 
 
