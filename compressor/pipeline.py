@@ -330,6 +330,8 @@ def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[s
                 "them; load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
             )
         raise CompressorError(f"{folder}: holds no weights; should hold a .safetensors file{_of_variant(variant)}")
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        _check_index(index)
     dtypes: dict[str, torch.dtype] = {}
     for file in files:
         try:
@@ -341,6 +343,14 @@ def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[s
         except (SafetensorError, OSError) as error:
             raise CompressorError(f"{file}: truncated or damaged safetensors file: {error}") from None
     return dtypes
+
+
+def _check_index(index: Path) -> None:
+    """Refuses a list of a component's files that names one of another kind, which diffusers would unpickle."""
+    files = _read_json(index).get("weight_map")
+    for name in files.values() if isinstance(files, dict) else ():
+        if not str(name).endswith(".safetensors"):
+            raise CompressorError(f"{index}: should list .safetensors files only, found {name}")
 
 
 def _compute_dtype(asked: str, device: torch.device, stored: dict[str, torch.dtype]) -> torch.dtype:

@@ -86,6 +86,18 @@ def test_weights_in_several_files_are_read(m):
     assert mistake().startswith("m: diffusers cannot load this pipeline: m/transformer/ does not appear to have a file")
 
 
+@pytest.mark.parametrize("name", ["transformer", "text_encoder"])
+def test_a_list_of_weight_files_that_names_a_pickle_is_refused(m, name):
+    file = next((m / name).glob("*.safetensors"))
+    torch.save(load_file(file), m / name / "part.bin")
+    file.rename(file.with_name(f"{file.stem}-00001-of-00002.safetensors"))
+    for variant in ("", ".fp16"):
+        index = file.with_name(f"{file.name}.index{variant}.json")
+        index.write_text(json.dumps({"weight_map": {"a.weight": "part.bin"}}))
+        assert mistake() == f"{index}: should list .safetensors files only, found part.bin"
+        index.unlink()
+
+
 def test_a_folder_without_an_index_is_no_pipeline(m):
     (m / "model_index.json").unlink()
     assert mistake() == "m: should be a diffusers folder with a model_index.json, found none"
