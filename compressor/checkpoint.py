@@ -240,20 +240,21 @@ def _prove(pipeline: Pipeline, folder: Path) -> None:
 
 
 def _swap(new: Path, output: Path) -> None:
-    """Puts a folder in the place of another; if that fails, the old one is back."""
+    """Puts a folder in the place of another; if that fails, the old one is back, or still aside, but never removed."""
     if not output.exists():
         new.rename(output)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     old = aside / output.name
-    output.rename(old)
     try:
+        output.rename(old)
         new.rename(output)
     except OSError:
-        old.rename(output)
+        if old.exists():
+            old.rename(output)
+        aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -234,6 +234,25 @@ def test_an_interrupt_while_the_folders_change_places_comes_after_it(loaded, res
     assert [path.name for path in result.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("failing", [2, 3])
+def test_a_swap_that_fails_loses_neither_result(loaded, result, monkeypatch, failing):
+    before, rename, calls = contents(result), Path.rename, 0
+
+    def broken(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls in (2, failing):  # 1: the old one aside, 2: the new one in its place, 3: the old one back
+            raise OSError(30, "Read-only file system", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="Read-only file system"):
+        checkpoint.save(loaded, result, {**RECORD, "more": 1})
+    kept = result if failing == 2 else next(result.parent.glob(".out.*/out"))
+    assert contents(kept) == before
+    assert len(list(result.parent.iterdir())) == 1
+
+
 def test_a_result_behind_a_link_is_replaced_where_it_lies(loaded, result):
     link = result.parent.parent / "link"
     link.symlink_to(result)
