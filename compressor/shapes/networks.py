@@ -7,10 +7,9 @@ weights could be dropped without being missed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import cast
 
-import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -96,10 +95,6 @@ def sd3() -> SD3Transformer2DModel:
         pos_embed_max_size=LATENT_SIDE // 2,
         qk_norm="rms_norm",
     )
-
-
-DENOISERS: dict[str, Callable[[], torch.nn.Module]] = {"sd3": sd3}
-"""The denoisers that the training command can train, by name."""
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -10,6 +10,3 @@ POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom 
 
 LAYOUTS = (*POSITIONS, "horizontal", "vertical")
 """Where a lone object is, or the axis along which two objects stand."""
-
-RELATIONS = ("left of", "right of", "above", "below")
-"""How the object named first stands to the other one."""

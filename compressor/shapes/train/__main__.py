@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import torch
 
-from compressor.shapes import captions, evaluate, networks
+from compressor.shapes import captions, evaluate
 from compressor.shapes.train import assemble, denoiser, stages
 from compressor.shapes.train.loop import Budget, Log, Rates
 
@@ -19,14 +19,37 @@ _SHARES = {"vae": 0.10, "judge": 0.04, "denoiser": 0.78}  # of the minutes; the 
 
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for everything.")
-@click.option("--denoiser", "kind", type=click.Choice(list(networks.DENOISERS)), default="sd3", show_default=True)
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run.")
 @click.option("--minutes", type=click.FloatRange(min=0.01), default=16.5, show_default=True, help="Time for all.")
 @click.option("--steps", type=click.IntRange(min=1), help="Most steps of each stage, to try things out.")
-@click.option("--scenes", type=click.IntRange(min=1), default=stages.Plan.scenes, show_default=True)
-@click.option("--pool", type=click.IntRange(min=1), default=stages.Plan.pool, show_default=True)
-@click.option("--batch", type=click.IntRange(min=4), default=stages.Plan.batch, show_default=True)
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option(
+    "--scenes",
+    type=click.IntRange(min=1),
+    default=stages.Plan.scenes,
+    show_default=True,
+    help="Scenes that the denoiser is trained on.",
+)
+@click.option(
+    "--pool",
+    type=click.IntRange(min=1),
+    default=stages.Plan.pool,
+    show_default=True,
+    help="Scenes that the other stages are trained on.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=4),
+    default=stages.Plan.batch,
+    show_default=True,
+    help="Of the denoiser; the others take a quarter.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-3,
+    show_default=True,
+    help="Highest learning rate of the denoiser.",
+)
 @click.option("--evaluated", type=click.IntRange(1, 512), default=512, show_default=True, help="Captions judged.")
 @click.option(
     "--guidance",
@@ -37,11 +60,12 @@ _SHARES = {"vae": 0.10, "judge": 0.04, "denoiser": 0.78}  # of the minutes; the 
     show_default=True,
     help="Guidance scales to try on calibration captions.",
 )
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="Where to train."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 def main(
     out: Path,
-    kind: str,
     until: str,
     minutes: float,
     steps: int | None,
@@ -85,7 +109,7 @@ def main(
         return
     data = stages.cache_latents(where, vae, work / "tokenizer", plan)
     click.echo(f"{len(data.latents)} scenes cached")
-    model = denoiser.build(tokenizer, kind)
+    model = denoiser.build(tokenizer)
     rates = Rates(rate, warmup=1000, average=0.999)
     denoiser.train(where, model, data, plan, budgets["denoiser"], work / "denoiser.safetensors", log, rates)
     pipeline = assemble.pipeline(model, vae, tokenizer)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +27,10 @@ EMPTIED = 0.1
 _USUAL_ROWS, _FEWEST_ROWS, _MOST_ROWS = 256, 16, 512  # zero rows; diffusers' own default is the usual number
 
 
-def build(tokenizer: CLIPTokenizer, denoiser: str, seed: int = 0) -> Conditioned:
-    """The untrained networks of this stage."""
-    torch.manual_seed(seed)
-    network: Any = networks.DENOISERS[denoiser]()
+def build(tokenizer: CLIPTokenizer) -> Conditioned:
+    """The untrained networks of this stage, always the same."""
+    torch.manual_seed(0)
+    network = networks.sd3()
     return Conditioned(networks.text_encoder(tokenizer, 3), networks.text_encoder(tokenizer, 3), network)
 
 
