@@ -275,14 +275,15 @@ def _interrupts_held() -> Iterator[None]:
 
 def _find_stranger(output: Path) -> str | None:
     """Something in a folder that no run put there, or None if all of it is an earlier result."""
-    held = sorted(path.name for path in output.iterdir())
     try:
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-        ours = {name.partition("/")[0] for name in record["files"]} | {RECORD, "report.json", "report.html"}
-        ours |= {name for exporter in record["recipe"]["export"] for name in exporter}
+        files = {output / name for name in (*record["files"], RECORD, "report.json", "report.html")}
+        exported = {output / name for exporter in record["recipe"]["export"] for name in exporter}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        ours = set()
-    return next((name for name in held if name not in ours), None)
+        return min((path.name for path in output.iterdir()), default=None)
+    ours = files | exported | {folder for file in files for folder in file.parents}
+    strange = (path for path in output.rglob("*") if path not in ours and not exported.intersection(path.parents))
+    return min((str(path.relative_to(output)) for path in strange), default=None)
 
 
 def _is_io(error: Exception) -> bool:

@@ -289,6 +289,16 @@ def test_a_folder_of_ours_in_which_someone_put_a_file_is_refused(result):
     (result / "recipe.yaml").write_text("x")
     with pytest.raises(CompressorError, match=r"or not only that: it holds recipe\.yaml; "):
         checkpoint.claim(result, None, overwrite=False)
+    (result / "recipe.yaml").rename(result / "transformer" / "notes.txt")
+    with pytest.raises(CompressorError, match=r"or not only that: it holds transformer/notes\.txt; "):
+        checkpoint.claim(result, None, overwrite=False)
+
+
+def test_what_exporters_wrote_is_ours(loaded, tmp_path):
+    checkpoint.save(loaded, tmp_path / "out", {"recipe": {"export": [{"onnx": {}}]}})
+    (tmp_path / "out" / "onnx" / "transformer").mkdir(parents=True)
+    (tmp_path / "out" / "onnx" / "transformer" / "model.onnx").write_text("x")
+    checkpoint.claim(tmp_path / "out", None, overwrite=False)
 
 
 def test_a_folder_with_a_record_of_another_program_is_refused(tmp_path):
