@@ -60,6 +60,7 @@ def test_sums_are_those_of_the_inputs_as_given(dtype, second):
     assert (moments.second_II is not None) == second
     assert int(moments.tokens) == 3 * 14
     assert int(moments.skipped) == 0
+    assert moments.weight.item() == pytest.approx(14 * sum(weights), rel=1e-12)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
 
@@ -88,6 +89,7 @@ def test_tokens_that_are_not_finite_are_counted_and_left_out(dtype, second):
     second_II, total_I, squares_I = explicit([x_TI[[0, 2, 5]]], [0.9])
     assert int(moments.tokens) == 3
     assert int(moments.skipped) == 3
+    assert moments.weight.item() == pytest.approx(3 * 0.9, rel=1e-12)
     assert_near(moments.total_I, total_I)
     assert_near(moments.squares_I, squares_I)
     if moments.second_II is not None:
@@ -137,6 +139,8 @@ def test_moments_of_a_sampling_are_the_weighted_sums_over_all_that_the_layers_we
         assert (found.second_II is not None) == (moment_kind == "second")
         counted = sum(x.numel() // x.shape[-1] for x in recorder.inputs[group.name])
         assert int(found.tokens) == counted
+        expected = sum(a * x.numel() / x.shape[-1] for x, a in zip(recorder.inputs[group.name], weights, strict=True))
+        assert found.weight.item() == pytest.approx(expected, rel=1e-12)
         tokens += counted
     assert calibration.facts.tokens == tokens
 

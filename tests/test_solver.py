@@ -391,7 +391,7 @@ def package(weights: list[Tensor]) -> Package:
 
 def moments(second_II: Tensor) -> Moments:
     count = torch.tensor(1)
-    return Moments(second_II.diagonal(), torch.zeros(len(second_II)), second_II, count, torch.tensor(0))
+    return Moments(second_II.diagonal(), torch.zeros(len(second_II)), second_II, count, torch.tensor(0), count.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

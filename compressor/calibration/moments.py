@@ -20,6 +20,7 @@ class Moments:
         second_II: sum of a_t x x^T, float32, or None if only norms were asked for.
         tokens: how many tokens were summed, unweighted; an integer tensor, so that no GPU is waited for.
         skipped: how many had an infinite or undefined entry and were left out; likewise.
+        weight: sum of a_t over the tokens that were summed, float64: `total_I` over it is the inputs' mean.
     """
 
     squares_I: Tensor
@@ -27,6 +28,7 @@ class Moments:
     second_II: Tensor | None
     tokens: Tensor
     skipped: Tensor
+    weight: Tensor
 
     @classmethod
     def empty(cls, inputs: int, second: bool, device: torch.device) -> Moments:
@@ -38,6 +40,7 @@ class Moments:
             second_II=torch.zeros(inputs, inputs, device=device) if second else None,
             tokens=zero,
             skipped=zero.clone(),
+            weight=torch.zeros((), dtype=torch.float64, device=device),
         )
 
     def add(self, x: Tensor, weight: float) -> None:
@@ -54,6 +57,7 @@ class Moments:
         x_TI = torch.where(good_T[:, None], x_TI, 0)
         self.tokens = self.tokens + good_T.sum()
         self.skipped = self.skipped + (~good_T).sum()
+        self.weight = self.weight + weight * good_T.sum(dtype=torch.float64)
         self.total_I.add_(x_TI.sum(0, dtype=torch.float32), alpha=weight)
         if self.second_II is None:
             self.squares_I.add_(x_TI.float().square().sum(0), alpha=weight)

@@ -1,0 +1,366 @@
+"""Greedy structured removal against least squares and brute force on explicit tokens, in float64."""
+
+# Shapes: O outputs, I inputs, T tokens, G groups, D inputs of a group, R removals, S streams.
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compressor_obs_diff import removal
+from compressor_obs_diff.removal import Fusion, Stream, refit, remove_greedily
+from torch import Tensor
+
+from compressor.errors import CompressorError
+
+DAMPING = 0.01
+FUSIONS: tuple[Fusion, ...] = ("energy", "rank_fusion")
+
+
+def tokens(inputs: int, seed: int, count: int = 90, mean: float = 0.0) -> Tensor:
+    """Correlated tokens in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing_II = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    shift_I = mean * torch.randn(inputs, generator=generator, dtype=torch.float64)
+    return torch.randn(count, inputs, generator=generator, dtype=torch.float64) @ mixing_II + shift_I
+
+
+def weights(outputs: int, inputs: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+
+
+def stream(weight_OI: Tensor, x_TI: Tensor, name: str = "to_out") -> Stream:
+    return Stream(name, weight_OI, x_TI.T @ x_TI)
+
+
+def heads(count: int, width: int) -> Tensor:
+    return torch.arange(count * width).reshape(count, width)
+
+
+def damped(x_TI: Tensor, damping: float = DAMPING) -> Tensor:
+    """Tokens whose second moment is the damped Hessian: damping as extra rows."""
+    scale = (damping * x_TI.square().sum(0).mean()).sqrt()
+    return torch.cat([x_TI, scale * torch.eye(x_TI.shape[1], dtype=x_TI.dtype)])
+
+
+def least_squares(weight_OI: Tensor, x_TI: Tensor, columns: list[int]) -> tuple[Tensor, float]:
+    """The weights on some columns whose outputs come nearest, and the squared distance."""
+    wanted_TO = x_TI @ weight_OI.T
+    new_KO = torch.linalg.lstsq(x_TI[:, columns], wanted_TO).solution
+    return new_KO.T, (x_TI[:, columns] @ new_KO - wanted_TO).square().sum().item()
+
+
+def fuse(costs: list[list[float]], energies: list[float], fusion: Fusion) -> list[float]:
+    """The two rules as written, over lists; the lowest is removed."""
+    if fusion == "energy":
+        return [sum(cost[g] / e for cost, e in zip(costs, energies, strict=True)) for g in range(len(costs[0]))]
+    scores = [0.0] * len(costs[0])
+    for cost in costs:
+        for rank, g in enumerate(sorted(range(len(cost)), key=lambda g: (cost[g], g))):
+            scores[g] -= 1 / (60 + rank + 1)
+    return scores
+
+
+def brute_force(
+    problems: list[tuple[Tensor, Tensor]], groups_GD: Tensor, count: int, fusion: Fusion
+) -> tuple[list[int], list[Tensor]]:
+    """Tries every remaining group in every step, solving for the rest from the dense weights by least squares."""
+    energies = [(x_TI @ weight_OI.T).square().sum().item() for weight_OI, x_TI in problems]
+    groups = groups_GD.tolist()
+    left = list(range(len(groups)))
+    columns = list(range(problems[0][0].shape[1]))
+    errors = [0.0] * len(problems)
+    removed: list[int] = []
+    for _ in range(count):
+        tried = [
+            [least_squares(weight_OI, damped(x_TI), [i for i in columns if i not in groups[g]])[1] for g in left]
+            for weight_OI, x_TI in problems
+        ]
+        costs = [[new - old for new in news] for news, old in zip(tried, errors, strict=True)]
+        scores = fuse(costs, energies, fusion)
+        place = scores.index(min(scores))
+        errors = [news[place] for news in tried]
+        columns = [i for i in columns if i not in groups[left[place]]]
+        removed.append(left.pop(place))
+    return removed, [least_squares(weight_OI, damped(x_TI), columns)[0] for weight_OI, x_TI in problems]
+
+
+# -------------------------------------------------------------------------------------------------------- brute force
+
+
+@pytest.mark.parametrize("panel", [1, 3, 128])
+@pytest.mark.parametrize(("count", "width"), [(9, 1), (6, 2), (5, 3)])
+@pytest.mark.parametrize("seed", range(2))
+def test_order_and_weights_are_those_of_brute_force(panel, count, width, seed, monkeypatch):
+    monkeypatch.setattr(removal, "PANEL", panel)
+    weight_OI, x_TI = weights(4, count * width, seed), tokens(count * width, seed)
+    groups_GD = heads(count, width)
+    found = remove_greedily([stream(weight_OI, x_TI)], groups_GD, count - 1, DAMPING)
+    removed, (expected_OK,) = brute_force([(weight_OI, x_TI)], groups_GD, count - 1, "energy")
+    assert found.removed == removed
+    assert found.kept == sorted(set(range(count)) - set(removed))
+    assert found.columns == [i for g in found.kept for i in groups_GD[g].tolist()]
+    torch.testing.assert_close(found.refits[0].weight_OK, expected_OK, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_two_streams_are_fused_as_written(fusion, width, seed):
+    problems = [(weights(4, 6 * width, seed), tokens(6 * width, seed))]
+    problems.append((5 * weights(3, 6 * width, seed + 50), tokens(6 * width, seed + 50, count=40)))
+    found = remove_greedily(
+        [stream(*problem, name) for problem, name in zip(problems, ("image", "text"), strict=True)],
+        heads(6, width),
+        4,
+        DAMPING,
+        fusion,
+    )
+    removed, expected = brute_force(problems, heads(6, width), 4, fusion)
+    assert found.removed == removed
+    for refitted, expected_OK in zip(found.refits, expected, strict=True):
+        torch.testing.assert_close(refitted.weight_OK, expected_OK, rtol=1e-8, atol=1e-8)
+
+
+def test_the_rules_differ_over_two_streams_and_agree_over_one():
+    first, second = ([stream(weights(4, 24, s), tokens(24, s))] for s in (3, 4))
+    second[0] = replace(second[0], weight_OI=second[0].weight_OI * torch.linspace(0.01, 3, 24))
+    orders = [remove_greedily(first + second, heads(24, 1), 20, DAMPING, fusion).removed for fusion in FUSIONS]
+    assert orders[0] != orders[1]
+    orders = [remove_greedily(first, heads(24, 1), 20, DAMPING, fusion).removed for fusion in FUSIONS]
+    assert orders[0] == orders[1]
+
+
+def test_ranks_that_tie_give_up_the_lower_index():
+    costs_SG = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]], dtype=torch.float64)
+    assert removal._cheapest(costs_SG, torch.ones(2), "rank_fusion") == 0
+    assert removal._cheapest(costs_SG.flip(1), torch.ones(2), "rank_fusion") == 1
+
+
+def test_a_stream_without_output_has_no_say():
+    silent = stream(torch.zeros(3, 8, dtype=torch.float64), tokens(8, 1))
+    heard = stream(weights(4, 8, 2), tokens(8, 2))
+    both = remove_greedily([silent, heard], heads(8, 1), 5, DAMPING)
+    assert both.removed == remove_greedily([heard], heads(8, 1), 5, DAMPING).removed
+    assert both.refits[0].error == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- downdates
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_downdates_equal_inverting_what_is_left(width, monkeypatch):
+    monkeypatch.setattr(removal, "PANEL", 5)
+    weight_OI, x_TI = weights(7, 32, 0), tokens(32, 0)
+    groups_GD = heads(32 // width, width)
+    system = removal._System(stream(weight_OI, x_TI), DAMPING)
+    search = removal._Search(system, groups_GD, refresh=1000)
+    left = list(range(len(groups_GD)))
+    for group in (3, 0, 7, 5):
+        search.remove(group)
+        left.remove(group)
+        columns_K = groups_GD[left].flatten()
+        inverse_KK = torch.linalg.inv((damped(x_TI).T @ damped(x_TI))[columns_K][:, columns_K])
+        new_OK, _ = least_squares(weight_OI, damped(x_TI), columns_K.tolist())
+        costs = [
+            torch.trace(new_OK[:, part] @ torch.linalg.inv(inverse_KK[part][:, part]) @ new_OK[:, part].T).item()
+            for part in torch.arange(len(columns_K)).reshape(-1, width)
+        ]
+        torch.testing.assert_close(search.costs()[left], torch.tensor(costs).double(), rtol=1e-5, atol=0)
+    search._apply()
+    found_KK = search.inverse_CC[columns_K][:, columns_K]
+    torch.testing.assert_close(found_KK, inverse_KK, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(search.gram_CC[columns_K][:, columns_K], new_OK.T @ new_OK, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_refreshing_changes_nothing(width):
+    """Nearly singular: 40 tokens for 256 inputs, so that only the damping keeps the inverse finite."""
+    one = stream(weights(16, 256, 5), tokens(256, 5, count=40))
+    count = 256 // width * 3 // 4
+    never = remove_greedily([one], heads(256 // width, width), count, DAMPING)
+    often = remove_greedily([one], heads(256 // width, width), count, DAMPING, refresh=16)
+    assert never.removed == often.removed
+    torch.testing.assert_close(never.costs_RS, often.costs_RS, rtol=1e-8, atol=1e-9 * often.costs_RS.max().item())
+
+
+def test_costs_add_up_to_the_damped_error_and_the_error_grows():
+    weight_OI, x_TI = weights(6, 20, 1), tokens(20, 1)
+    errors = []
+    for count in range(10):
+        found = remove_greedily([stream(weight_OI, x_TI)], heads(10, 2), count, DAMPING)
+        new_OI = torch.zeros_like(weight_OI)
+        new_OI[:, found.columns] = found.refits[0].weight_OK
+        lost = (damped(x_TI) @ (new_OI - weight_OI).T).square().sum()
+        torch.testing.assert_close(found.costs_RS.sum(), lost, rtol=1e-9, atol=1e-9)
+        relative = (x_TI @ (new_OI - weight_OI).T).square().sum() / (x_TI @ weight_OI.T).square().sum()
+        assert found.refits[0].error == pytest.approx(relative.item(), rel=1e-9, abs=1e-12)
+        errors.append(found.refits[0].error)
+    assert errors[0] == 0
+    assert errors == sorted(errors)
+
+
+# -------------------------------------------------------------------------------------------------------------- edges
+
+
+def test_removing_nothing_gives_back_the_same_weights():
+    weight_OI = weights(3, 8, 0).float()
+    bias_O = torch.randn(3)
+    one = replace(
+        stream(weight_OI, tokens(8, 0, mean=2)), bias_O=bias_O, total_I=tokens(8, 0, mean=2).sum(0), tokens=90
+    )
+    found = remove_greedily([one], heads(4, 2), 0, DAMPING)
+    assert (found.kept, found.removed, found.columns) == ([0, 1, 2, 3], [], list(range(8)))
+    assert found.costs_RS.shape == (0, 1)
+    assert torch.equal(found.refits[0].weight_OK, weight_OI)
+    assert found.refits[0].bias_O is not None
+    assert torch.equal(found.refits[0].bias_O, bias_O)
+    assert found.refits[0].error == 0
+
+
+def test_removing_every_group_is_refused():
+    with pytest.raises(AssertionError):
+        remove_greedily([stream(weights(3, 8, 0), tokens(8, 0))], heads(4, 2), 4, DAMPING)
+
+
+def test_inputs_in_no_group_are_kept_and_make_up_for_the_others():
+    """A Flux single block's output projection is fed heads and neurons side by side."""
+    weight_OI, x_TI = weights(4, 12, 3), tokens(12, 3)
+    found = remove_greedily([stream(weight_OI, x_TI)], heads(3, 2), 2, DAMPING)
+    removed, (expected_OK,) = brute_force([(weight_OI, x_TI)], heads(3, 2), 2, "energy")
+    assert found.removed == removed
+    assert found.columns[-6:] == list(range(6, 12))
+    torch.testing.assert_close(found.refits[0].weight_OK, expected_OK, rtol=1e-8, atol=1e-8)
+
+
+def test_groups_may_be_scattered():
+    weight_OI, x_TI = weights(4, 8, 3), tokens(8, 3)
+    groups_GD = torch.tensor([[7, 0], [2, 5], [6, 1], [3, 4]])
+    found = remove_greedily([stream(weight_OI, x_TI)], groups_GD, 2, DAMPING)
+    removed, (expected_OK,) = brute_force([(weight_OI, x_TI)], groups_GD, 2, "energy")
+    assert found.removed == removed
+    assert found.columns == sorted(found.columns)
+    torch.testing.assert_close(found.refits[0].weight_OK, expected_OK, rtol=1e-8, atol=1e-8)
+
+
+def test_inputs_and_options_are_left_as_they_were():
+    weight_OI, x_TI = weights(4, 8, 3), tokens(8, 3)
+    one = stream(weight_OI.clone(), x_TI)
+    second_II = one.second_II.clone()
+    remove_greedily([one], heads(8, 1), 5, DAMPING)
+    assert torch.equal(one.weight_OI, weight_OI)
+    assert torch.equal(one.second_II, second_II)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_and_bias_come_back_in_their_dtype(dtype):
+    x_TI = tokens(8, 0, mean=1)
+    one = Stream("to_out", weights(3, 8, 0).to(dtype), (x_TI.T @ x_TI).float(), torch.ones(3).to(dtype))
+    one = replace(one, total_I=x_TI.sum(0).float(), tokens=90)
+    (refitted,) = remove_greedily([one], heads(8, 1), 4, DAMPING).refits
+    assert refitted.bias_O is not None
+    assert (refitted.weight_OK.dtype, refitted.bias_O.dtype) == (dtype, dtype)
+
+
+def test_a_singular_hessian_is_damped_until_it_can_be_inverted():
+    x_TI = torch.ones(5, 64, dtype=torch.float64)
+    one = Stream("to_out", weights(3, 64, 0), x_TI.T @ x_TI - 1e-3 * torch.eye(64, dtype=torch.float64))
+    found = remove_greedily([one], heads(16, 4), 10, 1e-7)
+    assert found.refits[0].damping == pytest.approx(1e-3)
+    assert found.refits[0].weight_OK.isfinite().all()
+
+
+def test_what_float32_lets_pass_is_damped_further():
+    """Below float32's resolution of 1, so that its factorisation cannot see that the matrix is indefinite."""
+    second_II = torch.eye(4, dtype=torch.float64)
+    second_II[0, 1] = second_II[1, 0] = 1 + 2e-8
+    system = removal._System(Stream("to_out", weights(3, 4, 0), second_II), 1e-8)
+    assert system.damping > 1e-8
+    expected_II = second_II + system.damping * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(system.damped_II, expected_II, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_hessian_of_nothing_names_its_layer(value):
+    one = Stream("blocks.0.ff.net.2", weights(3, 4, 0), torch.full((4, 4), value))
+    with pytest.raises(CompressorError, match=r"^blocks\.0\.ff\.net\.2: the mean of the squared inputs should be"):
+        remove_greedily([one], heads(4, 1), 2, DAMPING)
+
+
+# --------------------------------------------------------------------------------------------------------------- bias
+
+
+def with_bias(weight_OI: Tensor, x_TI: Tensor, a_T: Tensor, bias_O: Tensor | None) -> Stream:
+    second_II = (a_T[:, None] * x_TI).T @ x_TI
+    return Stream("to_out", weight_OI, second_II, bias_O, (a_T[:, None] * x_TI).sum(0), a_T.sum().item())
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bias_absorbs_what_weighted_least_squares_says(width, seed):
+    x_TI, weight_OI = tokens(12, seed, mean=4), weights(5, 12, seed)
+    a_T = torch.linspace(0.8, 1.2, len(x_TI), dtype=torch.float64)
+    bias_O = weights(5, 1, seed)[:, 0]
+    found = remove_greedily([with_bias(weight_OI, x_TI, a_T, bias_O)], heads(12 // width, width), 3, 1e-12)
+    (refitted,) = found.refits
+    root_T1 = a_T.sqrt()[:, None]
+    augmented_TJ = root_T1 * torch.cat([x_TI[:, found.columns], torch.ones(len(x_TI), 1)], dim=1)
+    wanted_TO = root_T1 * (x_TI @ weight_OI.T + bias_O)
+    expected_JO = torch.linalg.lstsq(augmented_TJ, wanted_TO).solution
+    torch.testing.assert_close(refitted.weight_OK, expected_JO[:-1].T, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(refitted.bias_O, expected_JO[-1], rtol=1e-6, atol=1e-7)
+    lost = (augmented_TJ @ expected_JO - wanted_TO).square().sum() / (root_T1 * (x_TI @ weight_OI.T)).square().sum()
+    assert refitted.error == pytest.approx(lost.item(), rel=1e-6)
+
+
+def test_the_order_is_that_of_the_augmented_moment_whose_constant_stays():
+    x_TI, weight_OI = tokens(10, 7, mean=4), weights(5, 10, 7)
+    found = remove_greedily(
+        [with_bias(weight_OI, x_TI, torch.ones(90).double(), torch.zeros(5).double())], heads(10, 1), 7, 1e-12
+    )
+    augmented_TJ = torch.cat([x_TI, torch.ones(90, 1)], dim=1)
+    weight_OJ = torch.cat([weight_OI, torch.zeros(5, 1)], dim=1)
+    expected = remove_greedily([stream(weight_OJ, augmented_TJ)], heads(10, 1), 7, 1e-12)
+    assert found.removed == expected.removed
+    torch.testing.assert_close(found.costs_RS, expected.costs_RS, rtol=1e-5, atol=1e-6)
+    assert found.refits[0].bias_O is not None
+    augmented_OK = torch.cat([found.refits[0].weight_OK, found.refits[0].bias_O[:, None]], dim=1)
+    torch.testing.assert_close(augmented_OK, expected.refits[0].weight_OK, rtol=1e-5, atol=1e-6)
+
+
+def test_a_neuron_that_never_changes_is_free_with_a_bias():
+    x_TI, weight_OI = tokens(6, 2), weights(4, 6, 2)
+    x_TI[:, 3] = 5.0
+    one = with_bias(weight_OI, x_TI, torch.ones(90).double(), torch.zeros(4).double())
+    found = remove_greedily([one], heads(6, 1), 1, DAMPING)
+    assert found.removed == [3]
+    assert found.refits[0].error < 1e-12
+    torch.testing.assert_close(found.refits[0].bias_O, 5 * weight_OI[:, 3], rtol=1e-9, atol=1e-9)
+    assert refit(replace(one, bias_O=None), found.columns, DAMPING).error > 1e-3
+
+
+def test_a_layer_without_a_bias_is_not_given_one():
+    x_TI, weight_OI = tokens(6, 2, mean=3), weights(4, 6, 2)
+    one = with_bias(weight_OI, x_TI, torch.ones(90).double(), None)
+    assert not one.absorbs
+    found = remove_greedily([one], heads(6, 1), 3, DAMPING)
+    plain = remove_greedily([stream(weight_OI, x_TI)], heads(6, 1), 3, DAMPING)
+    assert found.refits[0].bias_O is None
+    assert torch.equal(found.refits[0].weight_OK, plain.refits[0].weight_OK)
+
+
+def test_a_bias_stays_as_it_is_where_no_mean_is_given():
+    x_TI, bias_O = tokens(6, 2, mean=3), torch.ones(4)
+    one = replace(stream(weights(4, 6, 2), x_TI), bias_O=bias_O)
+    assert not one.absorbs
+    found = remove_greedily([one], heads(6, 1), 3, DAMPING)
+    assert found.refits[0].bias_O is bias_O
+
+
+def test_a_refit_of_any_columns_is_least_squares():
+    weight_OI, x_TI = weights(4, 8, 3), tokens(8, 3)
+    found = refit(stream(weight_OI, x_TI), [1, 4, 5], DAMPING)
+    expected_OK, _ = least_squares(weight_OI, damped(x_TI), [1, 4, 5])
+    torch.testing.assert_close(found.weight_OK, expected_OK, rtol=1e-9, atol=1e-9)
