@@ -229,8 +229,7 @@ def _prove(pipeline: Pipeline, folder: Path) -> None:
         difference = (expected.float() - found.float()).abs().max().item()
         raise CompressorError(
             f"the saved {pipeline.component_name} does not reload as it was: one forward differs by up to "
-            f"{difference:g}; "
-            "nothing was kept"
+            f"{difference:g}; nothing was kept"
         )
     if not torch.isfinite(expected).all():
         raise CompressorError(

@@ -46,8 +46,7 @@ def draw(
                 if batch == 1:
                     raise CompressorError(
                         "out of memory while drawing a single picture; choose a smaller height and width, or float16 "
-                        "as "
-                        "model.dtype"
+                        "as model.dtype"
                     ) from error
                 batch //= 2
                 if torch.cuda.is_available():

@@ -326,8 +326,8 @@ def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[s
         if pickles:
             raise CompressorError(
                 f"{folder}: refused: its weights are pickled ({', '.join(pickles)}), and unpickling runs whatever "
-                "code is in "
-                "them; load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
+                "code is in them; load it where you trust it and save it again with save_pretrained(..., "
+                "safe_serialization=True)"
             )
         raise CompressorError(f"{folder}: holds no weights; should hold a .safetensors file{_of_variant(variant)}")
     for index in sorted(folder.glob("*.safetensors.index*.json")):

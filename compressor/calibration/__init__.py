@@ -219,8 +219,8 @@ class Calibration:
         if self.facts.batch == 1:
             raise CompressorError(
                 f"out of memory with a single prompt and {package.moment_bytes:,} bytes of moments: give "
-                "calibration.memory "
-                "less than is free (or more packages), a smaller height and width, or float16 as model.dtype"
+                "calibration.memory less than is free (or more packages), a smaller height and width, or float16 as "
+                "model.dtype"
             ) from error
         self.facts.batch //= 2
         self.facts.warnings.append(f"memory ran out: calibration goes on with a batch of {self.facts.batch}")
@@ -232,8 +232,7 @@ class Calibration:
         if tokens == 0:
             raise CompressorError(
                 f"{group.name}: none of the {skipped} tokens that reached it was finite; compute in float32 or "
-                "bfloat16 "
-                "(model.dtype)"
+                "bfloat16 (model.dtype)"
             )
         self.facts.tokens += tokens
         if skipped:
@@ -267,6 +266,6 @@ def explain_rank(targets: Sequence[Target], trace: Trace, prompts: int, steps: i
     factor, worst, tokens = max(short, key=lambda item: item[0])
     return (
         f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping "
-        "decides: "
-        f"{worst.name} sees {tokens} for {worst.inputs} inputs; about {int(prompts * factor) + 1} prompts would do"
+        f"decides: {worst.name} sees {tokens} for {worst.inputs} inputs; about "
+        f"{int(prompts * factor) + 1} prompts would do"
     )

@@ -74,8 +74,7 @@ def cut(
         if packages > len(parts):
             raise CompressorError(
                 f"calibration.packages: should be at most {len(parts)}, the number of units of layers that run side "
-                "by side, "
-                f"found {packages}"
+                f"by side, found {packages}"
             )
         bounds = [round(i * len(parts) / packages) for i in range(packages + 1)]
         runs = [[target for part in parts[a:b] for target in part] for a, b in pairwise(bounds)]
@@ -93,8 +92,7 @@ def _cut_by_memory(parts: list[list[Target]], trace: Trace, kind: MomentKind, me
         if alone > memory:
             raise CompressorError(
                 f"calibration.memory: should be at least {alone:,} bytes, which the moments of {part[0].name} and "
-                "the layers "
-                f"beside it need, found {memory:,}"
+                f"the layers beside it need, found {memory:,}"
             )
         if runs[-1] and _bytes(runs[-1] + part, trace, kind) > memory:
             runs.append([])

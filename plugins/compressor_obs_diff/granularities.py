@@ -63,8 +63,7 @@ class NM(Granularity):
         if target.inputs % self.of:
             raise CompressorError(
                 f"{target.name}: keep {self.keep} of {self.of} needs a multiple of {self.of} inputs, found "
-                f"{target.inputs}; "
-                "choose another M, or leave the layer out with targets.exclude"
+                f"{target.inputs}; choose another M, or leave the layer out with targets.exclude"
             )
 
     def columns(self, block: int) -> int:

@@ -50,8 +50,7 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
     if not torch.isfinite(mean) or mean <= 0:
         raise CompressorError(
             f"{name}: the mean of the squared inputs should be positive and finite, found {mean.item()}; nothing "
-            "reached "
-            "this layer during calibration, or its activations overflow"
+            "reached this layer during calibration, or its activations overflow"
         )
     for dtype in (torch.float32, torch.float64):
         reversed_II = hessian_II.flip(0, 1).to(dtype)
