@@ -1,6 +1,42 @@
-"""Knowledge of architectures: tables of what can be pruned, and what a forward looks like."""
+"""Knowledge of architectures: tables of what can be pruned and what leaves together; removal, and its proof."""
 
-from compressor.structure.family import BlockTable, Component, Family, Layer, Target, find_targets, select
+from compressor.structure.family import (
+    BlockTable,
+    Component,
+    Family,
+    Heads,
+    Layer,
+    Neurons,
+    Target,
+    find_targets,
+    select,
+)
+from compressor.structure.graph import cross_check
+from compressor.structure.groups import Group, find_groups, unfuse, within
+from compressor.structure.proof import Proof, shrink
+from compressor.structure.removal import keep, remove, zero
 from compressor.structure.trace import Trace, trace
 
-__all__ = ["BlockTable", "Component", "Family", "Layer", "Target", "Trace", "find_targets", "select", "trace"]
+__all__ = [
+    "BlockTable",
+    "Component",
+    "Family",
+    "Group",
+    "Heads",
+    "Layer",
+    "Neurons",
+    "Proof",
+    "Target",
+    "Trace",
+    "cross_check",
+    "find_groups",
+    "find_targets",
+    "keep",
+    "remove",
+    "select",
+    "shrink",
+    "trace",
+    "unfuse",
+    "within",
+    "zero",
+]

@@ -36,16 +36,69 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The heads of one attention: what leaves a block together with each of them.
+
+    Names of linears and attributes count from the block. A number at the end of an attribute indexes a list; an
+    attribute whose own name begins with an underscore may be absent.
+
+    Attributes:
+        attention: the attention's module; a block without it has no such group.
+        rows: linears whose rows belong to the heads.
+        columns: linears whose columns do, beginning with column 0.
+        optional: those of `rows` and `columns` that an attention may lack.
+        counts: attributes that hold the number of heads; the first one says how many there are.
+        widths: attributes that hold the width of all heads.
+        each: attributes that hold the width of one head, which stays.
+        overrides: why the dependency graph is wrong here, if it is: then the table counts.
+    """
+
+    attention: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    widths: tuple[str, ...] = ()
+    each: tuple[str, ...] = ()
+    overrides: str = ""
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The hidden neurons of one feed-forward: what leaves a block together with each of them.
+
+    Attributes:
+        name: of the feed-forward; a block with neither `up` nor `down` has no such group.
+        up: the linear whose rows they are.
+        down: the linear whose columns they are.
+        gated: `up` yields values and, behind them, as many gates: neuron i has the rows i and count + i.
+        behind: a linear whose outputs stand before the neurons in the input of `down`.
+        counts: attributes that hold the number of neurons, as in `Heads`.
+        overrides: why the dependency graph is wrong here, if it is: then the table counts.
+    """
+
+    name: str
+    up: str
+    down: str
+    gated: bool = False
+    behind: str | None = None
+    counts: tuple[str, ...] = ()
+    overrides: str = ""
+
+
+@dataclass(frozen=True)
 class BlockTable:
     """The linears of every block whose name matches.
 
     Attributes:
         pattern: a regular expression on the whole name of the block's module.
         layers: rows that a block may have; one that lacks a row's layer simply does not have it.
+        groups: what leaves together, for structured pruning; the linears are among `layers`.
     """
 
     pattern: str
     layers: tuple[Layer, ...]
+    groups: tuple[Heads | Neurons, ...] = ()
 
 
 class ExampleInputs(Protocol):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Layer, config, like
+from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, config, like
 
 
 def example_inputs(
@@ -36,6 +36,8 @@ def example_inputs(
     return inputs
 
 
+_OFFSET = "the graph loses the place of the neurons behind the heads in what proj_out reads"
+
 FAMILY = Family(
     name="flux",
     component_class="FluxTransformer2DModel",
@@ -56,6 +58,26 @@ FAMILY = Family(
                 Layer("ff.net.2", "feed_forward", "down", "image", 3),
                 Layer("ff_context.net.2", "feed_forward", "down", "text", 3),
             ),
+            (
+                Heads(
+                    "attn",
+                    rows=(
+                        "attn.to_q",
+                        "attn.to_k",
+                        "attn.to_v",
+                        "attn.add_q_proj",
+                        "attn.add_k_proj",
+                        "attn.add_v_proj",
+                    ),
+                    columns=("attn.to_out.0", "attn.to_add_out"),
+                    counts=("attn.heads",),
+                    widths=("attn.inner_dim",),
+                    each=("attn.head_dim",),
+                    overrides="the graph takes the split of the tokens into text and image for a split of the channels",
+                ),
+                Neurons("ff", up="ff.net.0.proj", down="ff.net.2"),
+                Neurons("ff_context", up="ff_context.net.0.proj", down="ff_context.net.2"),
+            ),
         ),
         BlockTable(
             r"single_transformer_blocks\.\d+",
@@ -65,6 +87,25 @@ FAMILY = Family(
                 Layer("attn.to_v", "attention", "value", "joint", 0),
                 Layer("proj_mlp", "feed_forward", "up", "joint", 0),
                 Layer("proj_out", "feed_forward", "down", "joint", 1),
+            ),
+            (
+                Heads(
+                    "attn",
+                    rows=("attn.to_q", "attn.to_k", "attn.to_v"),
+                    columns=("proj_out",),
+                    counts=("attn.heads",),
+                    widths=("attn.inner_dim", "attn.out_dim", "proj_out._tp_packed_row_blocks.0"),
+                    each=("attn.head_dim",),
+                    overrides=_OFFSET,
+                ),
+                Neurons(
+                    "proj_mlp",
+                    up="proj_mlp",
+                    down="proj_out",
+                    behind="attn.to_q",
+                    counts=("mlp_hidden_dim", "proj_out._tp_packed_row_blocks.1"),
+                    overrides=_OFFSET,
+                ),
             ),
         ),
     ),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Layer, config, like
+from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, config, like
 
 
 def example_inputs(
@@ -51,6 +51,32 @@ FAMILY = Family(
                 Layer("ff_context.net.0.proj", "feed_forward", "up", "text", 2),
                 Layer("ff.net.2", "feed_forward", "down", "image", 3),
                 Layer("ff_context.net.2", "feed_forward", "down", "text", 3),
+            ),
+            (
+                Heads(
+                    "attn",
+                    rows=(
+                        "attn.to_q",
+                        "attn.to_k",
+                        "attn.to_v",
+                        "attn.add_q_proj",
+                        "attn.add_k_proj",
+                        "attn.add_v_proj",
+                    ),
+                    columns=("attn.to_out.0", "attn.to_add_out"),
+                    optional=("attn.to_add_out",),
+                    counts=("attn.heads", "attn.sliceable_head_dim"),
+                    widths=("attn.inner_dim", "attn.inner_kv_dim"),
+                ),
+                Heads(
+                    "attn2",
+                    rows=("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+                    columns=("attn2.to_out.0",),
+                    counts=("attn2.heads", "attn2.sliceable_head_dim"),
+                    widths=("attn2.inner_dim", "attn2.inner_kv_dim"),
+                ),
+                Neurons("ff", up="ff.net.0.proj", down="ff.net.2"),
+                Neurons("ff_context", up="ff_context.net.0.proj", down="ff_context.net.2"),
             ),
         ),
     ),

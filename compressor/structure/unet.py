@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Layer, config, like
+from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, config, like
 
 _LAYERS = (
     Layer("attn1.to_q", "attention", "query", "image", 0),
@@ -24,6 +24,19 @@ _LAYERS = (
     Layer("attn2.to_out.0", "attention", "output", "image", 3),
     Layer("ff.net.0.proj", "feed_forward", "up", "image", 4),
     Layer("ff.net.2", "feed_forward", "down", "image", 5),
+)
+_GROUPS = (
+    *(
+        Heads(
+            attention,
+            rows=(f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v"),
+            columns=(f"{attention}.to_out.0",),
+            counts=(f"{attention}.heads", f"{attention}.sliceable_head_dim"),
+            widths=(f"{attention}.inner_dim", f"{attention}.inner_kv_dim"),
+        )
+        for attention in ("attn1", "attn2")
+    ),
+    Neurons("ff", up="ff.net.0.proj", down="ff.net.2", gated=True),
 )
 
 
@@ -52,9 +65,9 @@ FAMILY = Family(
     name="unet",
     component_class="UNet2DConditionModel",
     blocks=(
-        BlockTable(r"down_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+", _LAYERS),
-        BlockTable(r"mid_block\.attentions\.\d+\.transformer_blocks\.\d+", _LAYERS),
-        BlockTable(r"up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+", _LAYERS),
+        BlockTable(r"down_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+", _LAYERS, _GROUPS),
+        BlockTable(r"mid_block\.attentions\.\d+\.transformer_blocks\.\d+", _LAYERS, _GROUPS),
+        BlockTable(r"up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+", _LAYERS, _GROUPS),
     ),
     inputs=example_inputs,
 )

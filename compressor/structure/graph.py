@@ -1,0 +1,122 @@
+"""Checks the tables of groups against torch-pruning's dependency graph, traced on the meta device.
+
+Graph: Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023). It finds what leaves together by following a
+forward. Where it is known to read an architecture wrongly the table says so (`overrides`) and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from compressor.errors import CompressorError
+from compressor.structure.family import Family, Heads, Neurons
+from compressor.structure.groups import Group, find_groups
+
+Side = Literal["rows", "columns"]
+Cut = dict[tuple[str, Side], tuple[int, ...]]
+
+
+def cross_check(twin: nn.Module, family: Family, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Compares every group of the family's table with what the graph says leaves together.
+
+    Args:
+        twin: the network on the meta device; its weights are left alone, but one may require a gradient.
+        family: its table.
+        inputs: of the twin's forward, such as `Family.inputs` makes.
+
+    Returns:
+        A line for each row of the table where the graph differs and the table is known to be right.
+
+    Raises:
+        CompressorError: for a group where they differ and nothing is known, showing both.
+    """
+    groups = find_groups(twin, family)
+    graph = _build(twin, inputs)
+    overridden: dict[Heads | Neurons, list[str]] = {}
+    for group in groups:
+        unit = group.count - 1
+        table, found = by_table(group, unit), _by_graph(graph, twin, group, unit)
+        if table == found:
+            continue
+        shown = f"{group.name}: with {group.kind[:-1]} {unit} the table takes {_show(table)}; the graph {_show(found)}"
+        if not group.table.overrides:
+            raise CompressorError(
+                f"{shown}; should be the same, or the family's table should say why not (`overrides`)"
+            )
+        overridden.setdefault(group.table, []).append(shown)
+    return tuple(
+        f"{first}{f' (and {len(others)} more of its kind)' if others else ''}; the table counts: {row.overrides}"
+        for row, (first, *others) in overridden.items()
+    )
+
+
+def by_table(group: Group, unit: int) -> Cut:
+    """Rows and columns that leave with one unit, as the family's table says."""
+    cut: Cut = {}
+    for producer in group.producers:
+        cut[producer.name, "rows"] = tuple(sorted(group.rows(producer, (unit,)).tolist()))
+    for consumer in group.consumers:
+        cut[consumer.name, "columns"] = tuple(sorted(group.columns(consumer, (unit,)).tolist()))
+    return cut
+
+
+def _build(twin: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    import torch_pruning
+
+    # norms over one head's width are per head, and the graph would empty them
+    norms = [
+        parameter
+        for name, parameter in twin.named_parameters()
+        if name.rpartition(".")[0].rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    ]
+    if not any(parameter.requires_grad for parameter in twin.parameters()):
+        next(twin.parameters()).requires_grad_()  # the graph is read from autograd's
+    with torch.enable_grad():
+        return torch_pruning.DependencyGraph().build_dependency(
+            twin,
+            example_inputs=dict(inputs),
+            forward_fn=_forward,
+            customized_pruners={},
+            ignored_layers=[],
+            ignored_params=norms,
+            verbose=False,
+        )
+
+
+def _forward(network: nn.Module, arguments: Any) -> Any:
+    return network(**arguments, return_dict=False)[0]
+
+
+def _by_graph(graph: Any, twin: nn.Module, group: Group, unit: int) -> Cut:
+    import torch_pruning
+
+    root = group.consumers[0]
+    names = {module: name for name, module in twin.named_modules()}
+    index = group.columns(root, (unit,)).tolist()
+    found: dict[tuple[str, Side], set[int]] = {}
+    for dependency, indices in graph.get_pruning_group(root.module, torch_pruning.prune_linear_in_channels, index):
+        module = dependency.target.module
+        if isinstance(module, nn.Module) and not any(True for _ in module.parameters(recurse=False)):
+            continue  # reshapes and activations have nothing to remove
+        side: Side = "rows" if graph.is_out_channel_pruning_fn(dependency.handler) else "columns"
+        found.setdefault((names.get(module, dependency.target.name), side), set()).update(int(i) for i in indices)
+    return {key: tuple(sorted(indices)) for key, indices in found.items()}
+
+
+def _show(cut: Cut) -> str:
+    return ", ".join(f"{side} {_ranges(indices)} of {name}" for (name, side), indices in sorted(cut.items()))
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    """`0-3 8` for 0, 1, 2, 3, 8."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return " ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs) or "none"
