@@ -81,4 +81,8 @@ def _known(name: str) -> None:
 
 
 def _index(root: Path) -> dict[str, dict[str, str]]:
-    return json.loads((root / "hashes.json").read_text(encoding="utf-8"))
+    file = root / "hashes.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CompressorError(f"{file}: missing or damaged: {error}; install the package anew") from None

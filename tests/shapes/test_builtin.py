@@ -77,6 +77,17 @@ def test_a_damaged_file_is_named_with_both_hashes(tmp_path, monkeypatch):
     assert str(error.value) == f"{file}: weights file is missing; expected one with sha256 {expected}"
 
 
+@pytest.mark.parametrize("content", ["", "{", None])
+def test_a_damaged_list_of_hashes_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(builtin, "_SHAPES", tmp_path)
+    if content is not None:
+        (tmp_path / "hashes.json").write_text(content)
+    with pytest.raises(CompressorError) as error:
+        builtin.path("shapes")
+    assert str(error.value).startswith(f"{tmp_path}/hashes.json: missing or damaged: ")
+    assert str(error.value).endswith("; install the package anew")
+
+
 def test_looking_up_a_name_imports_neither_torch_nor_diffusers():
     code = (
         "import sys; from compressor import builtin; builtin.path('shapes'); builtin.prompts('shapes', 'evaluation');"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from compressor.shapes import judge, scenes
 from compressor.shapes.train import denoiser, prompts, stages
 from compressor.shapes.train.__main__ import main
-from compressor.shapes.train.loop import Budget, Log, Rates, average_of, fit
+from compressor.shapes.train.loop import Budget, Log, Rates, fit
 
 TINY = ("--scenes", "48", "--pool", "48", "--batch", "8", "--evaluated", "2", "--guidance", "2", "--device", "cpu")
 
@@ -55,7 +55,7 @@ def test_a_run_cut_short_ends_with_the_very_weights_of_one_that_was_not(tmp_path
 def test_a_complete_stage_is_not_trained_again(tmp_path):
     first = _fit(tmp_path)
     assert torch.equal(_fit(tmp_path, steps_until_cut=0), first)
-    assert torch.equal(average_of(tmp_path / "line.safetensors")["weight"], first)
+    assert torch.equal(load_file(tmp_path / "line.safetensors")["average.weight"], first)
 
 
 def test_losses_are_logged(tmp_path):
@@ -100,9 +100,9 @@ def test_all_stages_run_and_go_on(tmp_path):
     steps = [(line["stage"], line["step"]) for line in log if "step" in line]
     assert steps == [(stage, step) for stage in ("vae", "judge", "denoiser") for step in (1, 2, 3)]
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline", text_encoder_3=None, tokenizer_3=None)
-    averages = average_of(tmp_path / "work" / "denoiser.safetensors")
+    held = load_file(tmp_path / "work" / "denoiser.safetensors")
     weight = pipe.transformer.transformer_blocks[2].ff.net[2].weight
-    assert torch.equal(weight, averages["denoiser.transformer_blocks.2.ff.net.2.weight"].half().float())
+    assert torch.equal(weight, held["average.denoiser.transformer_blocks.2.ff.net.2.weight"].half().float())
     judge.load(file=tmp_path / "judge.safetensors")
     assert set(json.loads((tmp_path / "hashes.json").read_text())["sha256"]) >= {"judge.safetensors"}
     quality = json.loads((tmp_path / "quality.json").read_text())

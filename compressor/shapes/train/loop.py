@@ -141,13 +141,6 @@ def fit(
     module.eval()
 
 
-def average_of(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged weights in a checkpoint, by parameter name."""
-    with safe_open(checkpoint, "pt") as file:
-        names = [name for name in file.keys() if name.startswith("average.")]  # noqa: SIM118 - not a dict
-        return {name.removeprefix("average."): file.get_tensor(name) for name in names}
-
-
 class _State:
     """Everything that the next step depends on."""
 
