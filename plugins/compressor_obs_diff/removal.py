@@ -28,9 +28,9 @@ from compressor_obs_diff.solver import factorise
 
 Fusion = Literal["energy", "rank_fusion"]
 
-PANEL = 128
-REFRESH = 2048
-RANK_OFFSET = 61  # the paper's 60, and ranks that begin at 1
+PANEL = 128  # inputs removed between two updates of Hinv and M
+REFRESH = 2048  # inputs removed between two inversions; in float64 the costs drift by less than 1e-10 until then
+RANK_OFFSET = 61  # the paper's 60 + 1, for ranks that begin at 0
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,11 @@ def remove_greedily(
     count: int,
     damping: float,
     fusion: Fusion = "energy",
-    refresh: int = REFRESH,
 ) -> Removal:
     """Removes `count` groups one after the other, each time the cheapest, and refits each stream to the rest.
 
-    Per stream I^3 operations for the inversion, and for a removal of D inputs O(D I (PANEL + I)): the part in I^2
-    in matrix products. All in float64, whose downdates need no refreshing at these sizes; `refresh` bounds what
-    could add up. Memory: four I x I in float64.
+    Per stream O(I^3) operations for the inversion and the refit, and for a removal of D inputs O(D I (PANEL + I)),
+    where the part in I^2 is a matrix product. All in float64; memory: six I x I.
 
     Args:
         streams: at least one; all are given up the same groups. Not changed.
@@ -117,7 +115,6 @@ def remove_greedily(
         fusion: how costs are compared over several streams. "rank_fusion" is the paper's: the highest sum of
             1 / (60 + rank + 1). "energy" is the lowest sum of costs, each relative to the stream's dense
             ||W X||^2. One stream alone is ordered by its cost. Ties go to the lower index.
-        refresh: inputs removed after which what is left is inverted anew.
 
     Raises:
         CompressorError: if a Hessian is zero or not finite, or cannot be factorised.
@@ -127,7 +124,7 @@ def remove_greedily(
     assert 0 <= count < total
     assert groups_GD.unique().numel() == groups_GD.numel()
     systems = [_System(stream, damping) for stream in streams]
-    searches = [_Search(system, groups_GD.to(system.weight_OI.device), refresh) for system in systems]
+    searches = [_Search(system, groups_GD.to(system.weight_OI.device)) for system in systems]
     energy_S = torch.tensor([system.energy for system in systems], dtype=torch.float64)
     left = torch.arange(total)
     removed: list[int] = []
@@ -221,10 +218,9 @@ class _System:
 class _Search:
     """Hinv and M of the inputs that are left, as of the last full panel, and the panel since."""
 
-    def __init__(self, system: _System, groups_GD: Tensor, refresh: int) -> None:
+    def __init__(self, system: _System, groups_GD: Tensor) -> None:
         self.system = system
         self.groups_GD = groups_GD
-        self.refresh = refresh
         self.left_G = torch.ones(len(groups_GD), dtype=torch.bool, device=groups_GD.device)
         self.left_I = torch.ones(len(system.damped_II), dtype=torch.bool, device=groups_GD.device)
         self._invert()
@@ -265,7 +261,7 @@ class _Search:
         self.v_BC[self.rows : self.rows + width] = v_DC
         self.rows += width
         self.since += width
-        if self.since >= self.refresh:
+        if self.since >= REFRESH:
             self._invert()
         elif self.rows + width > len(self.u_BC):
             self._apply()
@@ -276,6 +272,10 @@ class _Search:
         self.inverse_CC.addmm_(u_BC.T, u_BC, alpha=-1)
         self.gram_CC.addmm_(u_BC.T, v_BC, alpha=-1).addmm_(v_BC.T, u_BC, alpha=-1)
         self.rows = 0
+        # Of a positive definite matrix, Hinv_jj H_jj >= 1: less tells of rounding.
+        product_C = self.inverse_CC.diagonal() * self.system.damped_II.diagonal()[self.columns_C]
+        if (product_C[self.left_C > 0] < 1 - 1e-6).any():
+            self._invert()
 
     def _invert(self) -> None:
         """Hinv and M of what is left, from the Hessian and the dense weights."""
@@ -289,6 +289,7 @@ class _Search:
         self.gram_CC = weight_OC.T @ weight_OC
         place_I = torch.zeros(len(gone_I), dtype=torch.int64, device=gone_I.device)
         place_I[left_C] = torch.arange(len(left_C), device=gone_I.device)
+        self.columns_C = left_C
         self.place_GD = place_I[groups_GD]
         self.left_C = torch.ones(len(left_C), dtype=torch.float64, device=gone_I.device)
         gone_G = ~self.left_G
