@@ -121,6 +121,7 @@ def remove_greedily(
     """
     total = len(groups_GD)
     assert streams
+    assert len({stream.weight_OI.shape[1] for stream in streams}) == 1
     assert 0 <= count < total
     assert groups_GD.unique().numel() == groups_GD.numel()
     systems = [_System(stream, damping) for stream in streams]
