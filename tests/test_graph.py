@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from compressor.errors import CompressorError
-from compressor.structure import Family, Neurons, cross_check, find_groups
+from compressor.structure import Family, Group, Neurons, cross_check, find_groups
 from compressor.structure.family import BlockTable
 from tests import tiny
 from tests.test_removal import family
@@ -42,8 +43,7 @@ def test_where_the_graph_is_known_to_be_wrong_the_table_counts_and_both_are_show
     )
     assert ", columns 79 of single_transformer_blocks.0.proj_out; the graph " in neurons
     assert neurons.endswith(
-        " (and 1 more of its kind); the table counts: the graph loses the place of the neurons behind the heads in "
-        "what proj_out reads"
+        "; the table counts: the graph loses the place of the neurons behind the heads in what proj_out reads"
     )
 
 
@@ -57,6 +57,40 @@ def test_a_difference_that_the_table_does_not_declare_ends_it_and_shows_both():
     assert message.endswith("; should be the same, or the family's table should say why not (`overrides`)")
 
 
+def test_a_network_that_cannot_be_followed_is_told(monkeypatch):
+    import torch_pruning
+
+    def give_up(*_args: object, **_options: object) -> None:
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", give_up)
+    with pytest.raises(CompressorError) as caught:
+        checked("sd3", family("sd3"))
+    assert str(caught.value) == (
+        "torch-pruning should find the dependencies of SD3Transformer2DModel, found TypeError: unsupported operand"
+    )
+
+
+def test_a_deep_network_is_followed_through_one_block_of_each_kind():
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        twin = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=19,
+            num_single_layers=38,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(2, 2, 4),
+        )
+    table = family("flux")
+    notes = cross_check(twin, table, table.inputs(twin, batch=1, height=8, width=8, sequence=6))
+    assert len(notes) == 3
+    assert len(find_groups(twin, table)) == 19 * 3 + 38 * 2  # the twin itself is as it was
+
+
 def test_a_table_that_forgets_the_gates_is_found_out():
     unet = family("sd2")
     table = next(table for table in unet.blocks if table.pattern.startswith("mid_block"))
@@ -67,9 +101,6 @@ def test_a_table_that_forgets_the_gates_is_found_out():
 
 def test_rows_in_another_order_are_found_out(monkeypatch):
     """Gates interleaved with values, instead of behind them."""
-    import torch
-
-    from compressor.structure import Group
 
     def rows(self: Group, producer: object, units: object) -> torch.Tensor:
         chosen = torch.as_tensor(units)

@@ -6,6 +6,8 @@ forward. Where it is known to read an architecture wrongly the table says so (`o
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,10 +23,13 @@ Cut = dict[tuple[str, Side], tuple[int, ...]]
 
 
 def cross_check(twin: nn.Module, family: Family, inputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Compares every group of the family's table with what the graph says leaves together.
+    """Compares the groups of the family's table with what the graph says leaves together.
+
+    Of blocks in a row that have the same parts only the first is looked at: groups end within their block, and
+    torch-pruning gives up on networks as deep as Flux.
 
     Args:
-        twin: the network on the meta device; its weights are left alone, but one may require a gradient.
+        twin: the network on the meta device; not changed.
         family: its table.
         inputs: of the twin's forward, such as `Family.inputs` makes.
 
@@ -34,12 +39,17 @@ def cross_check(twin: nn.Module, family: Family, inputs: Mapping[str, Any]) -> t
     Raises:
         CompressorError: for a group where they differ and nothing is known, showing both.
     """
-    groups = find_groups(twin, family)
-    graph = _build(twin, inputs)
+    copied = copy.deepcopy(twin)
+    names = {module: name for name, module in copied.named_modules()}
+    groups = find_groups(copied, family)
+    _shorten(copied, family)
+    graph, present = _build(copied, inputs), set(copied.modules())
     overridden: dict[Heads | Neurons, list[str]] = {}
     for group in groups:
+        if group.root not in present:
+            continue
         unit = group.count - 1
-        table, found = by_table(group, unit), _by_graph(graph, twin, group, unit)
+        table, found = by_table(group, unit), _by_graph(graph, names, group, unit)
         if table == found:
             continue
         shown = f"{group.name}: with {group.kind[:-1]} {unit} the table takes {_show(table)}; the graph {_show(found)}"
@@ -64,6 +74,22 @@ def by_table(group: Group, unit: int) -> Cut:
     return cut
 
 
+def _shorten(network: nn.Module, family: Family) -> None:
+    """Leaves the first block of each kind in every list of blocks, in place."""
+    blocks = {
+        module
+        for name, module in network.named_modules()
+        if any(re.fullmatch(table.pattern, name) for table in family.blocks)
+    }
+    for owner in list(network.modules()):
+        for name, row in list(owner.named_children()):
+            if isinstance(row, nn.ModuleList) and len(row) and all(block in blocks for block in row):
+                kinds: dict[tuple[str, ...], nn.Module] = {}
+                for block in row:
+                    kinds.setdefault(tuple(part for part, _ in block.named_modules()), block)
+                setattr(owner, name, nn.ModuleList(kinds.values()))
+
+
 def _build(twin: nn.Module, inputs: Mapping[str, Any]) -> Any:
     import torch_pruning
 
@@ -73,29 +99,33 @@ def _build(twin: nn.Module, inputs: Mapping[str, Any]) -> Any:
         for name, parameter in twin.named_parameters()
         if name.rpartition(".")[0].rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     ]
-    if not any(parameter.requires_grad for parameter in twin.parameters()):
-        next(twin.parameters()).requires_grad_()  # the graph is read from autograd's
-    with torch.enable_grad():
-        return torch_pruning.DependencyGraph().build_dependency(
-            twin,
-            example_inputs=dict(inputs),
-            forward_fn=_forward,
-            customized_pruners={},
-            ignored_layers=[],
-            ignored_params=norms,
-            verbose=False,
-        )
+    next(twin.parameters()).requires_grad_()  # the graph is read from autograd's
+    try:
+        with torch.enable_grad():
+            return torch_pruning.DependencyGraph().build_dependency(
+                twin,
+                example_inputs=dict(inputs),
+                forward_fn=_forward,
+                customized_pruners={},
+                ignored_layers=[],
+                ignored_params=norms,
+                verbose=False,
+            )
+    except Exception as error:  # whatever it stumbles over in a network that it does not understand
+        raise CompressorError(
+            f"torch-pruning should find the dependencies of {type(twin).__name__}, found "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _forward(network: nn.Module, arguments: Any) -> Any:
     return network(**arguments, return_dict=False)[0]
 
 
-def _by_graph(graph: Any, twin: nn.Module, group: Group, unit: int) -> Cut:
+def _by_graph(graph: Any, names: Mapping[nn.Module, str], group: Group, unit: int) -> Cut:
     import torch_pruning
 
     root = group.consumers[0]
-    names = {module: name for name, module in twin.named_modules()}
     index = group.columns(root, (unit,)).tolist()
     found: dict[tuple[str, Side], set[int]] = {}
     for dependency, indices in graph.get_pruning_group(root.module, torch_pruning.prune_linear_in_channels, index):

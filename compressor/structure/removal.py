@@ -102,9 +102,9 @@ def _indices(group: Group, units: Tensor | Iterable[int]) -> Tensor:
     else:
         chosen = torch.tensor(list(units), dtype=torch.long)
     chosen = chosen.unique(sorted=True)
-    wrong = [int(unit) for unit in chosen if not 0 <= unit < group.count]
-    if wrong:
-        raise CompressorError(f"{group.name}: units should be from 0 to {group.count - 1}, found {wrong[0]}")
+    wrong = chosen[(chosen < 0) | (chosen >= group.count)]
+    if len(wrong):
+        raise CompressorError(f"{group.name}: units should be from 0 to {group.count - 1}, found {int(wrong[0])}")
     return chosen
 
 
