@@ -175,6 +175,11 @@ def recipes(name: str | None) -> None:
 @click.option("--guidance", default=7.0, show_default=True, help="Classifier-free guidance scale.")
 @click.option("--height", type=click.IntRange(8), help="Pixels; the pipeline's default if not given.")
 @click.option("--width", type=click.IntRange(8), help="Pixels; the pipeline's default if not given.")
+@click.option(
+    "--max-sequence-length",
+    type=click.IntRange(1),
+    help="Tokens of the T5 encoder's part (SD3, Flux); the pipeline's default if not given.",
+)
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of the noise.")
 @click.option("--device", default="auto", show_default=True)
@@ -187,6 +192,7 @@ def generate(
     guidance: float,
     height: int | None,
     width: int | None,
+    max_sequence_length: int | None,
     batch: int,
     seed: int,
     device: str,
@@ -204,7 +210,8 @@ def generate(
         quiet.silence_libraries()
     pipeline = checkpoint.load(folder, device)
     pipeline.folder.check_size(height, width, "--")
-    encoded = encode(pipeline, chosen, guidance, seed, "pictures")
+    pipeline.folder.check_sequence(max_sequence_length, "--max-sequence-length")
+    encoded = encode(pipeline, chosen, guidance, seed, "pictures", max_sequence_length)
     out.mkdir(parents=True, exist_ok=True)
     images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, Progress(), "drawing")
     for i, image in enumerate(images):

@@ -143,7 +143,7 @@ def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
     folder.check_size(shown.height, shown.width, "report.")
     if given is not None:
         folder.check_size(given.height, given.width, "calibration.")
-        folder.check_sequence(given.max_sequence_length)
+        folder.check_sequence(given.max_sequence_length, "calibration.max_sequence_length")
     at = given or shown
     return at.height or folder.default_size, at.width or folder.default_size
 

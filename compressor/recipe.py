@@ -161,6 +161,12 @@ class Report(Options):
         default=None, strict=False, description="every installed metric that applies to the model, if not given"
     )
 
+    @model_validator(mode="after")
+    def _check_metrics(self) -> Report:
+        if self.metrics is not None and self.images == 0:
+            raise ValueError("metrics has no effect where images is 0; remove metrics, or draw images")
+        return self
+
 
 class Recipe(Options):
     """The whole of a recipe."""

@@ -132,8 +132,14 @@ def _facts(
         peak_memory=measure.peak_memory(),
         calibration=calibration,
         metrics=figures,
-        warnings=(*(job.calibration.facts.warnings if job.calibration else ()), *notes),
+        warnings=(*(job.calibration.facts.warnings if job.calibration else _explain_idle(recipe)), *notes),
     )
+
+
+def _explain_idle(recipe: Recipe) -> tuple[str, ...]:
+    if recipe.calibration is None:
+        return ()
+    return ("nothing was calibrated: no pruner of this recipe asks for the inputs of its layers",)
 
 
 def _tell(facts: report.Report, pairs: Samples | None, output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from compressor import pipeline
 from compressor.calibration import sampling
@@ -12,6 +13,8 @@ from compressor.plan import plan
 from compressor.prepare import prepare
 from compressor.progress import Progress
 from compressor.recipe import Model, Recipe
+from compressor.report import read
+from compressor.run import run
 from tests import tiny
 
 
@@ -35,7 +38,7 @@ def test_a_shorter_t5_part_gives_the_network_fewer_text_tokens():
 def test_a_length_that_does_not_fit_the_pipeline_is_refused(kind: str, length: int, message: str):
     folder = pipeline.open_folder(Model(source=str(tiny.folder(kind))))
     with pytest.raises(CompressorError) as error:
-        folder.check_sequence(length)
+        folder.check_sequence(length, "calibration.max_sequence_length")
     assert str(error.value) == message
 
 
@@ -78,3 +81,17 @@ def test_planning_a_model_of_the_hub_fetches_json_files_only(monkeypatch):
     monkeypatch.setattr(pipeline, "snapshot_download", fetch)
     assert pipeline.open_folder(Model(source="org/name"), weights=False).network == "transformer"
     assert asked == {"source": "org/name", "allow_patterns": ["*.json"]}
+
+
+def test_metrics_without_images_are_refused():
+    with pytest.raises(
+        ValidationError, match="metrics has no effect where images is 0; remove metrics, or draw"
+    ):
+        overlapping(report={"images": 0, "metrics": ["pairs"]})
+
+
+def test_a_calibration_that_no_pruner_asks_for_is_told(tmp_path):
+    prune = [{"magnitude": {"sparsity": 0.5}}]
+    recipe = overlapping(calibration={"prompts": ["a"]}, prune=prune, output=str(tmp_path / "out"))
+    told = read(run(recipe, Progress()) / "report.json").warnings
+    assert "nothing was calibrated: no pruner of this recipe asks for the inputs of its layers" in told

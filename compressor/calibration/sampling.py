@@ -148,7 +148,8 @@ def guided(pipeline_class: str, guidance: float) -> bool:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _arguments(pipeline: Pipeline, texts: list[str], guidance: float) -> dict[str, Any]:

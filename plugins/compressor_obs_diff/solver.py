@@ -44,7 +44,7 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
         name: the layer, for the error.
 
     Raises:
-        CompressorError: if the Hessian is zero or not finite, or cannot be factorised with a damping of 10.
+        CompressorError: if the Hessian is zero or not finite, or cannot be factorised with a damping of up to 10.
     """
     mean = hessian_II.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
@@ -66,8 +66,8 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
                     return Factor(inverse_II.flip(0, 1).float().contiguous(), scale, dtype)
             scale *= 10
     raise CompressorError(
-        f"{name}: its Hessian cannot be factorised, even in float64 with a damping of 10 times its mean diagonal; "
-        "calibrate with more prompts"
+        f"{name}: its Hessian cannot be factorised, even in float64 with a damping of {scale / 10:g} times its mean "
+        "diagonal; calibrate with more prompts"
     )
 
 
