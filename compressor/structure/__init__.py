@@ -1,5 +1,6 @@
 """Knowledge of architectures: tables of what can be pruned and what leaves together; removal, and its proof."""
 
+from compressor.structure.discover import discover
 from compressor.structure.family import (
     BlockTable,
     Component,
@@ -29,6 +30,7 @@ __all__ = [
     "Target",
     "Trace",
     "cross_check",
+    "discover",
     "find_groups",
     "find_targets",
     "keep",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,17 +40,11 @@ def cross_check(twin: nn.Module, family: Family, inputs: Mapping[str, Any]) -> t
     Raises:
         CompressorError: for a group where they differ and nothing is known, showing both.
     """
-    copied = copy.deepcopy(twin)
-    names = {module: name for name, module in copied.named_modules()}
-    groups = find_groups(copied, family)
-    _shorten(copied, family)
-    graph, present = _build(copied, inputs), set(copied.modules())
+    followed = follow(twin, family, inputs)
     overridden: dict[Heads | Neurons, list[str]] = {}
-    for group in groups:
-        if group.root not in present:
-            continue
+    for group in followed.groups:
         unit = group.count - 1
-        table, found = by_table(group, unit), _by_graph(graph, names, group, unit)
+        table, found = by_table(group, unit), followed.by_graph(group, unit)
         if table == found:
             continue
         shown = f"{group.name}: with {group.kind[:-1]} {unit} the table takes {_show(table)}; the graph {_show(found)}"
@@ -62,6 +57,57 @@ def cross_check(twin: nn.Module, family: Family, inputs: Mapping[str, Any]) -> t
         f"{first}{f' (and {len(others)} more of its kind)' if others else ''}; the table counts: {row.overrides}"
         for row, (first, *others) in overridden.items()
     )
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A copy of a network with one block of each kind, and its dependency graph.
+
+    Attributes:
+        network: the copy.
+        names: of its modules, as they were before it was shortened.
+        groups: by the family's table, in the blocks that are left.
+        graph: torch-pruning's.
+    """
+
+    network: nn.Module
+    names: Mapping[nn.Module, str]
+    groups: tuple[Group, ...]
+    graph: Any
+
+    def by_graph(self, group: Group, unit: int) -> Cut:
+        """Rows and columns that leave with one unit, as the graph says."""
+        root = group.consumers[0]
+        return self.leaving(root.module, group.columns(root, (unit,)).tolist())
+
+    def leaving(self, linear: nn.Linear, columns: list[int]) -> Cut:
+        """What leaves together with some columns of a linear, these among it, as the graph says; nothing if it cannot."""
+        import torch_pruning
+
+        found: dict[tuple[str, Side], set[int]] = {}
+        cut = torch_pruning.prune_linear_in_channels
+        try:
+            leaving = list(self.graph.get_pruning_group(linear, cut, columns))
+        except (IndexError, TypeError):  # torch-pruning lost count of a split or a concatenation
+            return {}
+        for dependency, indices in leaving:
+            module = dependency.target.module
+            if isinstance(module, nn.Module) and not any(True for _ in module.parameters(recurse=False)):
+                continue  # reshapes and activations have nothing to remove
+            side: Side = "rows" if self.graph.is_out_channel_pruning_fn(dependency.handler) else "columns"
+            name = self.names.get(module, dependency.target.name)
+            found.setdefault((name, side), set()).update(int(i) for i in indices)
+        return {key: tuple(sorted(indices)) for key, indices in found.items()}
+
+
+def follow(twin: nn.Module, family: Family, inputs: Mapping[str, Any]) -> Followed:
+    """Builds the dependency graph of a network's shortened copy."""
+    copied = copy.deepcopy(twin)
+    names = {module: name for name, module in copied.named_modules()}
+    groups = find_groups(copied, family)
+    _shorten(copied, family)
+    present = set(copied.modules())
+    return Followed(copied, names, tuple(group for group in groups if group.root in present), _build(copied, inputs))
 
 
 def by_table(group: Group, unit: int) -> Cut:
@@ -122,23 +168,10 @@ def _forward(network: nn.Module, arguments: Any) -> Any:
     return network(**arguments, return_dict=False)[0]
 
 
-def _by_graph(graph: Any, names: Mapping[nn.Module, str], group: Group, unit: int) -> Cut:
-    import torch_pruning
-
-    root = group.consumers[0]
-    index = group.columns(root, (unit,)).tolist()
-    found: dict[tuple[str, Side], set[int]] = {}
-    for dependency, indices in graph.get_pruning_group(root.module, torch_pruning.prune_linear_in_channels, index):
-        module = dependency.target.module
-        if isinstance(module, nn.Module) and not any(True for _ in module.parameters(recurse=False)):
-            continue  # reshapes and activations have nothing to remove
-        side: Side = "rows" if graph.is_out_channel_pruning_fn(dependency.handler) else "columns"
-        found.setdefault((names.get(module, dependency.target.name), side), set()).update(int(i) for i in indices)
-    return {key: tuple(sorted(indices)) for key, indices in found.items()}
-
-
 def _show(cut: Cut) -> str:
-    return ", ".join(f"{side} {_ranges(indices)} of {name}" for (name, side), indices in sorted(cut.items()))
+    return (
+        ", ".join(f"{side} {_ranges(indices)} of {name}" for (name, side), indices in sorted(cut.items())) or "nothing"
+    )
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
