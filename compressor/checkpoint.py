@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compressor import pipeline as pipelines
+from compressor import shrunk
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
 from compressor.recipe import Model
@@ -184,6 +185,8 @@ def _write(pipeline: Pipeline, folder: Path) -> None:
             back()
     for file in folder.rglob("*config.json"):
         _forget_origin(file)
+    config = folder / pipeline.component_name / "config.json"
+    shrunk.write(shrunk.describe(pipeline.module, pipeline.family), config)
     _forget_origin(folder / "model_index.json")
 
 
@@ -213,8 +216,11 @@ def _forget_origin(file: Path) -> None:
 @torch.no_grad()
 def _prove(pipeline: Pipeline, folder: Path) -> None:
     """Reloads the saved network and compares one forward bit by bit."""
-    cls = getattr(diffusers, pipeline.family.component_class)
-    saved = cls.from_pretrained(folder / pipeline.component_name, use_safetensors=True, dtype=pipeline.dtype)
+    path = folder / pipeline.component_name
+    saved = shrunk.load(path, sorted(path.glob("*.safetensors")), pipeline.family, pipeline.dtype)
+    if saved is None:
+        cls = getattr(diffusers, pipeline.family.component_class)
+        saved = cls.from_pretrained(path, use_safetensors=True, dtype=pipeline.dtype)
     saved = saved.to(pipeline.device).eval()
     side = min(pipeline.folder.default_size // pipeline.folder.vae_factor, 32)
     devices = [pipeline.device] if pipeline.device.type == "cuda" else []

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from compressor import builtin, registry
+from compressor import builtin, registry, shrunk
 from compressor.errors import CompressorError
 from compressor.recipe import Model
 from compressor.structure import Family, Target, find_targets
@@ -80,8 +80,12 @@ class Folder:
         size = self.config(self.network).get("sample_size") or 128
         return int(size if isinstance(size, int) else size[0]) * self.vae_factor
 
-    def check_sequence(self, max_sequence_length: int | None) -> None:
+    def check_sequence(self, max_sequence_length: int | None, where: str) -> None:
         """Refuses a length of the T5 encoder's part for a pipeline that has none, or beyond the 512 that T5 is given.
+
+        Args:
+            max_sequence_length: None for the default.
+            where: what it was given by, for the error.
 
         Raises:
             CompressorError: saying what would be right.
@@ -89,13 +93,9 @@ class Folder:
         if max_sequence_length is None:
             return
         if self.pipeline_class not in WITH_T5:
-            raise CompressorError(
-                f"calibration.max_sequence_length has no effect: {self.pipeline_class} takes none; remove it"
-            )
+            raise CompressorError(f"{where} has no effect: {self.pipeline_class} takes none; remove it")
         if max_sequence_length > 512:
-            raise CompressorError(
-                f"calibration.max_sequence_length: should be at most 512, found {max_sequence_length}"
-            )
+            raise CompressorError(f"{where}: should be at most 512, found {max_sequence_length}")
 
     def check_size(self, height: int | None, width: int | None, where: str) -> None:
         """Refuses a size in pixels that the network cannot draw.
@@ -120,17 +120,21 @@ class Folder:
         """The network on the meta device: every shape, no memory.
 
         Raises:
-            CompressorError: if diffusers cannot make it from its config.
+            CompressorError: if diffusers cannot make it from its config, or that says wrongly how it was shrunk.
         """
         cls = getattr(diffusers, self.family.component_class)
         config = self.config(self.network)
+        file = self.path / self.network / "config.json"
         try:
+            if (manifest := shrunk.manifest_in(config)) is not None:
+                return shrunk.rebuild(cls, config, manifest, self.family, f"{file}: {shrunk.KEY}")
             with torch.device("meta"):
                 return cls.from_config(config).eval()
+        except CompressorError:
+            raise
         except Exception as error:  # whatever a config of wrong values makes diffusers stumble over
             raise CompressorError(
-                f"{self.path / self.network / 'config.json'}: diffusers cannot make a {self.family.component_class} "
-                f"of it: {_first_line(error)}"
+                f"{file}: diffusers cannot make a {self.family.component_class} of it: {_first_line(error)}"
             ) from error
 
 
@@ -236,7 +240,10 @@ def load(model: Model, device: str) -> Pipeline:
             variant=model.variant or None,
             dtype=dtype,
             **dict.fromkeys(folder.absent),
+            **_load_shrunk(folder, model.variant, dtype),
         )
+    except CompressorError:
+        raise
     except Exception as error:  # whatever a folder of wrong values makes diffusers or transformers stumble over
         raise CompressorError(f"{folder.path}: diffusers cannot load this pipeline: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -308,11 +315,15 @@ def _is_model(folder: Folder, name: str) -> bool:
     return (folder.path / name / "config.json").is_file()
 
 
-def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[str, torch.dtype]:
-    """Reads the headers of a component's weights; nothing is unpickled.
+def _load_shrunk(folder: Folder, variant: str | None, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The network, if its config says that it is shrunk; else nothing, and diffusers loads it."""
+    path = folder.path / folder.network
+    network = shrunk.load(path, _find_weights(path, variant, needed=True), folder.family, dtype)
+    return {} if network is None else {folder.network: network}
 
-    A component without weights of the variant falls back to its plain ones, unless they are `needed`.
-    """
+
+def _find_weights(folder: Path, variant: str | None, *, needed: bool) -> list[Path]:
+    """A component's files of weights; the plain ones if it has none of the variant, unless they are `needed`."""
     files = sorted(folder.glob("*.safetensors"))
     marked = [f for f in files if variant and f".{variant}" in f.name]
     plain = [f for f in files if re.fullmatch(r"[\w-]+\.safetensors", f.name)]
@@ -330,6 +341,12 @@ def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[s
                 "safe_serialization=True)"
             )
         raise CompressorError(f"{folder}: holds no weights; should hold a .safetensors file{_of_variant(variant)}")
+    return files
+
+
+def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[str, torch.dtype]:
+    """Reads the headers of a component's weights; nothing is unpickled."""
+    files = _find_weights(folder, variant, needed=needed)
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         _check_index(index)
     dtypes: dict[str, torch.dtype] = {}

@@ -14,6 +14,7 @@ FLOORS = (
     ("registry", "shapes"),
     ("recipe",),
     ("prompts", "progress", "structure", "sparsity"),
+    ("shrunk",),
     ("pipeline",),
     ("calibration", "checkpoint", "report"),
     ("pictures", "measure"),
