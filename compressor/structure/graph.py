@@ -81,7 +81,7 @@ class Followed:
         return self.leaving(root.module, group.columns(root, (unit,)).tolist())
 
     def leaving(self, linear: nn.Linear, columns: list[int]) -> Cut:
-        """What leaves together with some columns of a linear, these among it, as the graph says; nothing if it cannot."""
+        """What leaves together with some columns of a linear, as the graph says; nothing if it cannot."""
         import torch_pruning
 
         found: dict[tuple[str, Side], set[int]] = {}
