@@ -150,6 +150,8 @@ def load(folder: Path, files: Iterable[Path], family: Family, dtype: torch.dtype
         raise CompressorError(f"{folder}: its weights lack {len(missing)} of its tensors, first {missing[0]}")
     module.load_state_dict(tensors, strict=True, assign=True)
     _check_none_on_meta(module, str(folder))
+    network: Any = module
+    network.register_to_config(**{KEY: manifest})  # for `save_pretrained`
     return module.eval()
 
 

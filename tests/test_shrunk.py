@@ -237,6 +237,25 @@ def test_a_whole_pipeline_loads_with_plain_diffusers(saved):
     assert same(plain.unet, loaded.module)
 
 
+def test_what_we_loaded_and_diffusers_saved_loads_either_way(saved, tmp_path):
+    loaded, folder = saved("sd2")
+    compressor.load(folder).save_pretrained(tmp_path)
+    plain: Any = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")  # type: ignore[attr-defined]
+    assert same(plain, loaded.module)
+    assert same(pipeline.load(Model(source=str(tmp_path)), "cpu").module, loaded.module)
+
+
+def test_a_manifest_of_an_earlier_removal_is_not_believed(saved, tmp_path):
+    pipe = compressor.load(saved("sd3")[1])
+    group = next(g for g in find_groups(pipe.transformer, saved("sd3")[0].family) if g.kind == "neurons")
+    remove(group, [0])
+    pipe.save_pretrained(tmp_path)  # which does not know of it
+    with pytest.raises(
+        CompressorError, match=r"ff\.net.*: should have the shape .* as quantization_config says, found "
+    ):
+        pipeline.load(Model(source=str(tmp_path)), "cpu")
+
+
 def test_our_loader_does_without_the_table_of_diffusers(saved, monkeypatch):
     loaded, folder = saved("sd3")
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, shrunk.METHOD)
