@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compressor import located_yaml
@@ -126,6 +126,17 @@ class Targets(Options):
     exclude: tuple[str, ...] = Field(
         default=(), strict=False, description="and left out again if any of these matches it"
     )
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+        return patterns
 
 
 class Pruning(Options):

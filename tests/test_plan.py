@@ -286,10 +286,6 @@ def plan_of_tiny(changes: dict[str, Any]) -> Plan:
             "targets: exclude leaves none of the 4 layers that include chose",
         ),
         (
-            {"obs_diff": {"sparsity": 0.5}, "targets": {"include": ["re:("]}},
-            "targets: 're:(' is not a regular expression: ",
-        ),
-        (
             {"obs_diff": {"granularity": {"n_m": {"keep": 2, "of": 5}}}},
             "transformer_blocks.0.attn.to_q: keep 2 of 5 needs a multiple of 5 inputs, found 16; ",
         ),

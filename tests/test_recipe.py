@@ -176,6 +176,10 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ),
         ("{obs_diff: {sparsity: 0.5}, targets: {include: []}}", ".targets.include: should not be empty"),
         (
+            "{obs_diff: {sparsity: 0.5}, targets: {exclude: [query, 're:(']}}",
+            ".targets.exclude: 're:(' is not a regular expression: missing ), unterminated subpattern at position 0",
+        ),
+        (
             "{obs_diff: {sparsity: 0.5}, targets: {includes: [query]}}",
             ".targets.includes: unknown key; did you mean 'include'?",
         ),
