@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -69,9 +70,13 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
         from compressor.run import run as run_recipe
 
         quiet.silence_libraries()
+    interrupts: list[int] = []
     try:
-        run_recipe(loaded, Progress(), overwrite=overwrite)
-    except KeyboardInterrupt:
+        with _noting(interrupts):
+            run_recipe(loaded, Progress(), overwrite=overwrite)
+    except (KeyboardInterrupt, Exception) as error:
+        if not interrupts and not isinstance(error, KeyboardInterrupt):
+            raise
         if _stamp(output) != before:
             kept = f"the pruned pipeline in {output} is complete; what was to follow is not"
         elif before is not None:
@@ -90,12 +95,18 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
 def check(recipe_file: str, overrides: tuple[str, ...]) -> None:
     """Read RECIPE and report every mistake in it; loads no model."""
     loaded = recipe.load(recipe_file, overrides)
+    mistakes: list[str] = []
     for given, use in (
         (loaded.calibration and loaded.calibration.prompts, "calibration"),
         (loaded.report.prompts, "evaluation"),
     ):
         if given is not None:
-            prompts.read(given, use)  # pyright: ignore[reportArgumentType]
+            try:
+                prompts.read(given, use)  # pyright: ignore[reportArgumentType]
+            except CompressorError as error:
+                mistakes.append(str(error))
+    if mistakes:
+        raise CompressorError("\n".join(dict.fromkeys(mistakes)))
     click.echo(f"{recipe_file}: ok")
 
 
@@ -247,6 +258,25 @@ def _importing() -> Iterator[None]:
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _noting(interrupts: list[int]) -> Iterator[None]:
+    """Notes every Ctrl-C: libraries such as torch's exporter turn a KeyboardInterrupt into errors of their own."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or somebody else's
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:

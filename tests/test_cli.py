@@ -113,6 +113,10 @@ def test_check_reads_the_prompts():
         1,
         "error: prompts: empty.txt holds no prompts; should hold at least one\n",
     )
+    write(calibration={"prompts": "none.txt"}, report={"prompts": "empty.txt"})
+    assert call("check", "r.yaml").stderr == (
+        "errors:\nprompts: no such file: none.txt\nprompts: empty.txt holds no prompts; should hold at least one\n"
+    )
 
 
 def test_overrides_are_taken_by_every_command_that_reads_a_recipe():
@@ -243,6 +247,22 @@ def test_ctrl_c_after_the_result_keeps_it_and_says_so(monkeypatch, moment):
     assert checkpoint.verify(Path("out"))
     assert left_over() == ["out"]
     assert not list(Path("out").rglob("*.onnx"))
+
+
+def test_ctrl_c_that_a_library_makes_an_error_of_is_still_an_interruption(monkeypatch):
+    from compressor_onnx import ONNX
+
+    def export(*_args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise CompressorError("torch cannot export this") from error
+
+    monkeypatch.setattr(ONNX, "export", export)
+    found = call("run", write(export=["onnx"]))
+    assert found.exit_code == 130
+    assert found.stderr.endswith("\ninterrupted: the pruned pipeline in out is complete; what was to follow is not\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def start_run() -> subprocess.Popen[str]:
