@@ -92,7 +92,7 @@ class ONNX(Exporter):
         target.mkdir()
         file = target / "model.onnx"
         network = graph.copy_of(pipeline.module, dtype)
-        network.save_config(target)
+        graph.write_config(network, target / "config.json")
         graph.write(network, pipeline.family, shape, dtype, self.opset, file)
         label = f"{pipeline.component_name}/{file.name}"
         opset = check.opset(file, self.opset, label)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -107,6 +108,13 @@ def copy_of(network: Any, dtype: torch.dtype) -> Any:
     return copy.deepcopy(network, memo).eval()
 
 
+def write_config(network: Any, file: Path) -> None:
+    """Writes diffusers' `config.json` of a network, without the path that it was loaded from."""
+    config = json.loads(network.to_json_string())
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def example(family: Family, network: Any, shape: Shape, dtype: torch.dtype, seed: int) -> dict[tuple[str, ...], Tensor]:
     """Random inputs of the network as the file takes them.
 
@@ -125,7 +133,7 @@ def example(family: Family, network: Any, shape: Shape, dtype: torch.dtype, seed
         made = family.inputs(network, **asdict(shape))
     inputs: dict[tuple[str, ...], Tensor] = {}
     for name, value in made.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             inputs |= {(name, key): tensor for key, tensor in value.items()}
         else:
             inputs[(name,)] = value

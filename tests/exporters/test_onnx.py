@@ -182,6 +182,7 @@ def test_the_config_beside_the_file_is_the_components(sparse_sd3):
         "num_layers": 2,
         "pos_embed_max_size": 8,
     }
+    assert "_name_or_path" not in config
 
 
 def test_a_copy_shares_weights_that_need_no_cast_and_leaves_the_network_as_it_was():
