@@ -62,7 +62,7 @@ def test_an_exporter_with_required_options_is_named_with_them():
 def test_a_metric_with_required_options_is_taken_only_where_a_recipe_names_it():
     data = {"model": "a", "prune": [{"magnitude": {"sparsity": 0.5}}], "report": {"images": 0}, "output": "b"}
     assert "picky" not in _choose_metrics(recipe.Recipe.model_validate(data))
-    data["report"] = {"images": 0, "metrics": [{"picky": {"reference": "x"}}]}
+    data["report"] = {"prompts": ["a cat"], "images": 1, "metrics": [{"picky": {"reference": "x"}}]}
     assert list(_choose_metrics(recipe.Recipe.model_validate(data))) == ["picky"]
 
 

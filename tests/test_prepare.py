@@ -84,9 +84,7 @@ def test_planning_a_model_of_the_hub_fetches_json_files_only(monkeypatch):
 
 
 def test_metrics_without_images_are_refused():
-    with pytest.raises(
-        ValidationError, match="metrics has no effect where images is 0; remove metrics, or draw"
-    ):
+    with pytest.raises(ValidationError, match="metrics has no effect where images is 0; remove metrics, or draw"):
         overlapping(report={"images": 0, "metrics": ["pairs"]})
 
 
