@@ -190,7 +190,10 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family) -> tuple
     linears = find_targets(module, family)
     entries = []
     for i, entry in enumerate(recipe.prune):
-        targets = select(linears, entry.targets.include, entry.targets.exclude)
+        try:
+            targets = select(linears, entry.targets.include, entry.targets.exclude)
+        except CompressorError as error:
+            raise CompressorError(f"prune[{i}].{error}") from None
         entry.pruner.check(targets)
         component = Component(name, module, family, targets)
         entries.append(Entry(f"prune[{i}]", Choice("pruner").name(entry.pruner), entry.pruner, component))

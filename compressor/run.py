@@ -65,7 +65,8 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
         exports = _export(recipe, output, watch, progress)
         facts = replace(facts, exports=exports, times=dict(watch.seconds), peak_memory=measure.peak_memory())
         _tell(facts, pairs, output)
-    for warning in facts.warnings:
+    told = job.calibration.facts.warnings if job.calibration else []
+    for warning in (text for text in facts.warnings if text not in told):
         progress.say(f"warning: {warning}")
     return output
 

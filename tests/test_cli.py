@@ -151,7 +151,7 @@ def test_a_call_that_makes_no_sense_is_exit_code_2(arguments):
         ),
         (
             {"prune": [{"obs_diff": {"sparsity": 0.5}, "targets": {"include": ["nothing"]}}]},
-            "error: targets: 'nothing' matches none of the 21 layers; ",
+            "error: prune[0].targets: 'nothing' matches none of the 21 layers; ",
         ),
         (
             {"calibration": {"prompts": ["a"], "height": 18}},

@@ -275,11 +275,11 @@ def plan_of_tiny(changes: dict[str, Any]) -> Plan:
     [
         (
             {"obs_diff": {"sparsity": 0.5}, "targets": {"include": ["atention"]}},
-            "targets: 'atention' matches none of the 21 layers; a pattern is one of attention, down, feed_forward, ",
+            "prune[0].targets: 'atention' matches none of the 21 layers; a pattern is one of attention, down, ",
         ),
         (
             {"obs_diff": {"sparsity": 0.5}, "targets": {"exclude": ["re:nothing"]}},
-            "targets: 're:nothing' matches none of the 21 layers; ",
+            "prune[0].targets: 're:nothing' matches none of the 21 layers; ",
         ),
         (
             {"obs_diff": {"sparsity": 0.5}, "targets": {"include": ["query"], "exclude": ["attention"]}},

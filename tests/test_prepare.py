@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
 from compressor import pipeline
 from compressor.calibration import sampling
@@ -93,3 +96,15 @@ def test_a_calibration_that_no_pruner_asks_for_is_told(tmp_path):
     recipe = overlapping(calibration={"prompts": ["a"]}, prune=prune, output=str(tmp_path / "out"))
     told = read(run(recipe, Progress()) / "report.json").warnings
     assert "nothing was calibrated: no pruner of this recipe asks for the inputs of its layers" in told
+
+
+def test_a_calibration_too_small_is_told_before_it_begins_and_only_once(tmp_path):
+    prune = [{"obs_diff": {"sparsity": 0.5}}]
+    calibration = {"prompts": ["a"], "steps": 1, "packages": 1, "guidance": 1.0, "height": 16, "width": 16}
+    recipe = overlapping(calibration=calibration, prune=prune, output=str(tmp_path / "out"))
+    written = io.StringIO()
+    run(recipe, Progress(Console(file=written)))
+    lines = written.getvalue().splitlines()
+    warned = [i for i, line in enumerate(lines) if "see fewer distinct tokens than they have inputs" in line]
+    assert len(warned) == 1
+    assert warned[0] < next(i for i, line in enumerate(lines) if line.startswith("calibrating"))

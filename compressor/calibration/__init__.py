@@ -114,9 +114,7 @@ class Calibration:
         options, prompts = self._options, len(self._encoded)
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
-            self.facts.warnings.append(
-                f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used"
-            )
+            self._warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
 
     def packages(self, targets: Iterable[Target], kind: MomentKind) -> tuple[Package, ...]:
         """Cuts layers into packages as the recipe says, and warns of those that will see too few tokens.
@@ -134,7 +132,7 @@ class Calibration:
             guided = sampling.guided(self._pipeline.folder.pipeline_class, self._options.guidance)
             note = explain_rank(targets, self._trace, len(self._encoded), self._options.steps, guided)
             if note:
-                self.facts.warnings.append(note)
+                self._warn(note)
         return packages
 
     @torch.no_grad()
@@ -215,6 +213,11 @@ class Calibration:
             for handle in handles:
                 handle.remove()
 
+    def _warn(self, text: str) -> None:
+        """Tells the user at once, and again in the report."""
+        self.facts.warnings.append(text)
+        self._progress.say(f"warning: {text}")
+
     def _halve_batch(self, package: Package, error: RuntimeError) -> None:
         if self.facts.batch == 1:
             raise CompressorError(
@@ -223,7 +226,7 @@ class Calibration:
                 "model.dtype"
             ) from error
         self.facts.batch //= 2
-        self.facts.warnings.append(f"memory ran out: calibration goes on with a batch of {self.facts.batch}")
+        self._warn(f"memory ran out: calibration goes on with a batch of {self.facts.batch}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -237,7 +240,7 @@ class Calibration:
         self.facts.tokens += tokens
         if skipped:
             self.facts.skipped[group.name] = skipped
-            self.facts.warnings.append(
+            self._warn(
                 f"{group.name}: {skipped} of {tokens + skipped} tokens were not finite and were left out of its moments"
             )
 
