@@ -65,6 +65,13 @@ class Pruner(Options, ABC):
     def zeros(self, target: Target) -> int:
         """How many weights of this layer will be zero, exactly."""
 
+    def holds(self, target: Target) -> bool:
+        """Whether a pruned layer's stored weight has the pattern that was promised, such as N:M; asked after the run.
+
+        The number of zeros is counted apart from this, so a pruner that promises no more than that leaves it as it is.
+        """
+        return True
+
     @abstractmethod
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Prunes every layer of `component.targets` in place, yielding after each one.
@@ -100,6 +107,10 @@ class Granularity(Options, ABC):
     @abstractmethod
     def zeros(self, outputs: int, inputs: int, sparsity: float | None) -> int:
         """The exact number of zeros in the first `inputs` columns of a layer with `outputs` rows."""
+
+    def holds(self, weight_OI: Tensor) -> bool:
+        """Whether the zeros of a pruned weight lie where this granularity wants them; any place will do by default."""
+        return True
 
     @abstractmethod
     def mask(self, score_OI: Tensor, zeros: int, *, per_row: bool = False) -> Tensor:

@@ -53,6 +53,8 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None) -> LayerRo
         raise CompressorError(
             f"{start} should have made {asked} weights of {target.name} zero, found {zeros}; nothing was kept"
         )
+    if not entry.pruner.holds(target):
+        raise CompressorError(f"{start} left {target.name} without the pattern that it promised; nothing was kept")
     layer = target.layer
     return LayerRow(
         name=target.name,

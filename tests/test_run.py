@@ -337,6 +337,24 @@ def wild(self: Magnitude, component: Component, _: Any) -> Iterator[LayerResult]
     component.targets[3].module.weight.data[0, 0] = float("inf")
 
 
+def test_a_run_whose_zeros_are_enough_but_in_the_wrong_places_fails(tmp_path, monkeypatch):
+    def misplaced(self: Magnitude, component: Component, _: Any) -> Iterator[LayerResult]:
+        """The first half of every row, where 2 of every 4 were promised."""
+        for target in component.targets:
+            target.module.weight.data[:, : target.inputs // 2] = 0
+            yield LayerResult(target.name)
+
+    monkeypatch.setattr(Magnitude, "prune", misplaced)
+    pattern = {"n_m": {"keep": 2, "of": 4}}
+    with pytest.raises(CompressorError) as caught:
+        run(recipe("sd3", tmp_path / "out", [{"magnitude": {"granularity": pattern}}]), tiny.quiet())
+    assert str(caught.value) == (
+        "prune[0]: pruner 'magnitude' left transformer_blocks.0.attn.to_q without the pattern that it promised; "
+        "nothing was kept"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("pruner", "words"),
     [

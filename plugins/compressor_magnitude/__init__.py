@@ -38,6 +38,10 @@ class Magnitude(Pruner):
         """As many as the granularity says."""
         return self.granularity.zeros(target.outputs, target.inputs, self.sparsity)
 
+    def holds(self, target: Target) -> bool:
+        """Whether the zeros lie where the granularity wants them."""
+        return self.granularity.holds(target.module.weight)
+
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Layer by layer, by the absolute value of the weights."""
         for target in component.targets:

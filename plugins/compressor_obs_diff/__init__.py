@@ -46,6 +46,10 @@ class OBSDiff(Pruner):
         """As many as the granularity says."""
         return self.granularity.zeros(target.outputs, target.inputs, self.sparsity)
 
+    def holds(self, target: Target) -> bool:
+        """Whether the zeros lie where the granularity wants them."""
+        return self.granularity.holds(target.module.weight)
+
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers moments on the network as pruned so far, then solves the package's layers."""
         from compressor_obs_diff.layers import prune_package

@@ -74,6 +74,12 @@ class NM(Granularity):
         """M - N in every group."""
         return outputs * (inputs // self.of) * (self.of - self.keep)
 
+    def holds(self, weight_OI: Tensor) -> bool:
+        """Whether every group has at most N non-zeros."""
+        from compressor.sparsity import holds
+
+        return holds(weight_OI, self.keep, self.of)
+
     def mask(self, score_OI: Tensor, zeros: int, *, per_row: bool = False) -> Tensor:
         """The M - N lowest scores of every group."""
         from compressor.sparsity import lowest_of_groups

@@ -52,6 +52,10 @@ class Wanda(Pruner):
             return self.granularity.zeros(target.outputs, target.inputs, None)
         return target.outputs * math.floor(target.inputs * self.sparsity + 1e-9)  # 0.29 of 100 is 29, not 28
 
+    def holds(self, target: Target) -> bool:
+        """Whether the zeros lie where the granularity wants them."""
+        return self.granularity.holds(target.module.weight)
+
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""
         assert calibration is not None
