@@ -12,6 +12,7 @@ from compressor import pipeline as pipelines
 from compressor.calibration import Calibration, sampling
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
+from compressor.output import claim
 from compressor.pipeline import Pipeline
 from compressor.plugin import Metric, Pruner, Samples
 from compressor.progress import Progress
@@ -108,7 +109,7 @@ def prepare(
         metrics = _choose_metrics(recipe)
         _check_exporters(recipe)
         folder = pipelines.open_folder(recipe.model)
-        checkpoint.claim(output, folder.path, overwrite)
+        claim(output, folder.path, overwrite)
         seen = trace_at(recipe, folder)
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device)

@@ -16,7 +16,9 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 import compressor
 from compressor import checkpoint, pipeline, recipe
+from compressor import output as places
 from compressor.errors import CompressorError
+from compressor.output import claim
 from compressor.progress import Progress
 from compressor.recipe import Model
 from compressor.run import run
@@ -204,14 +206,16 @@ def test_a_disk_without_room_is_found_out_before_the_work(loaded, result, monkey
                 checkpoint.check_space(loaded, result)
 
 
-@pytest.mark.parametrize("step", ["_write", "_prove", "_swap", "sha256"])
-def test_an_interrupt_while_saving_leaves_the_old_result_and_nothing_else(loaded, result, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("module", "step"), [(checkpoint, "_write"), (checkpoint, "_prove"), (places, "_swap"), (checkpoint, "sha256")]
+)
+def test_an_interrupt_while_saving_leaves_the_old_result_and_nothing_else(loaded, result, monkeypatch, module, step):
     before = contents(result)
 
     def interrupt(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, step, interrupt)
+    monkeypatch.setattr(module, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(loaded, result, RECORD)
     assert contents(result) == before
@@ -221,13 +225,13 @@ def test_an_interrupt_while_saving_leaves_the_old_result_and_nothing_else(loaded
 def test_an_interrupt_while_the_folders_change_places_comes_after_it(loaded, result, monkeypatch):
     import signal
 
-    swap = checkpoint._swap
+    swap = places._swap
 
     def interrupted_swap(new: Path, output: Path) -> None:
         signal.raise_signal(signal.SIGINT)
         swap(new, output)
 
-    monkeypatch.setattr(checkpoint, "_swap", interrupted_swap)
+    monkeypatch.setattr(places, "_swap", interrupted_swap)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(loaded, result, {**RECORD, "more": 1})
     assert checkpoint.verify(result)["more"] == 1
@@ -256,7 +260,7 @@ def test_a_swap_that_fails_loses_neither_result(loaded, result, monkeypatch, fai
 def test_a_result_behind_a_link_is_replaced_where_it_lies(loaded, result):
     link = result.parent.parent / "link"
     link.symlink_to(result)
-    checkpoint.claim(link, None, overwrite=False)
+    claim(link, None, overwrite=False)
     checkpoint.save(loaded, link, {**RECORD, "more": 1})
     assert link.is_symlink()
     assert checkpoint.verify(result)["more"] == 1
@@ -265,7 +269,7 @@ def test_a_result_behind_a_link_is_replaced_where_it_lies(loaded, result):
 def test_a_new_or_empty_folder_and_an_earlier_result_may_be_written(result, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "new" / "deep", tmp_path / "empty", result):
-        checkpoint.claim(folder, tiny.folder("sd3"), overwrite=False)
+        claim(folder, tiny.folder("sd3"), overwrite=False)
     assert checkpoint.verify(result)
 
 
@@ -273,38 +277,38 @@ def test_a_folder_that_is_not_ours_is_refused_unless_told_otherwise(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(CompressorError) as caught:
-        checkpoint.claim(tmp_path / "mine", None, overwrite=False)
+        claim(tmp_path / "mine", None, overwrite=False)
     assert str(caught.value) == (
         f"output: {tmp_path}/mine exists and is no earlier result, or not only that: it holds thesis.txt; "
         "choose another folder, or give --overwrite to replace it and all that it holds"
     )
-    checkpoint.claim(tmp_path / "mine", None, overwrite=True)
+    claim(tmp_path / "mine", None, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_a_folder_of_ours_in_which_someone_put_a_file_is_refused(result):
     for ours in ("report.html", "report.json"):
         (result / ours).write_text("x")
-    checkpoint.claim(result, None, overwrite=False)
+    claim(result, None, overwrite=False)
     (result / "recipe.yaml").write_text("x")
     with pytest.raises(CompressorError, match=r"or not only that: it holds recipe\.yaml; "):
-        checkpoint.claim(result, None, overwrite=False)
+        claim(result, None, overwrite=False)
     (result / "recipe.yaml").rename(result / "transformer" / "notes.txt")
     with pytest.raises(CompressorError, match=r"or not only that: it holds transformer/notes\.txt; "):
-        checkpoint.claim(result, None, overwrite=False)
+        claim(result, None, overwrite=False)
 
 
 def test_what_exporters_wrote_is_ours(loaded, tmp_path):
     checkpoint.save(loaded, tmp_path / "out", {"recipe": {"export": [{"onnx": {}}]}})
     (tmp_path / "out" / "onnx" / "transformer").mkdir(parents=True)
     (tmp_path / "out" / "onnx" / "transformer" / "model.onnx").write_text("x")
-    checkpoint.claim(tmp_path / "out", None, overwrite=False)
+    claim(tmp_path / "out", None, overwrite=False)
 
 
 def test_a_folder_with_a_record_of_another_program_is_refused(tmp_path):
     (tmp_path / "compression.json").write_text('{"level": 9}')
     with pytest.raises(CompressorError, match=r"it holds compression\.json; "):
-        checkpoint.claim(tmp_path, None, overwrite=False)
+        claim(tmp_path, None, overwrite=False)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -326,19 +330,19 @@ def test_the_folders_of_the_user_and_of_the_model_are_never_replaced(tmp_path, m
         (Path("/"), "the model that is read"),
     ):
         with pytest.raises(CompressorError) as caught:
-            checkpoint.claim(output, source, overwrite)
+            claim(output, source, overwrite)
         assert str(caught.value) == f"output: {output} holds {name} and would be replaced; choose another folder"
 
 
 def test_an_output_that_cannot_be_written_is_found_out_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CompressorError) as caught:
-        checkpoint.claim(tmp_path / "file", None, overwrite=True)
+        claim(tmp_path / "file", None, overwrite=True)
     assert str(caught.value) == f"output: {tmp_path}/file is a file; should be a folder to write"
     with pytest.raises(CompressorError, match=r"file cannot be written: (File exists|Not a directory)$"):
-        checkpoint.claim(tmp_path / "file" / "out", None, overwrite=True)
+        claim(tmp_path / "file" / "out", None, overwrite=True)
     with pytest.raises(CompressorError, match=r"^output: /proc cannot be written: No such file or directory$"):
-        checkpoint.claim(Path("/proc/out"), None, overwrite=True)
+        claim(Path("/proc/out"), None, overwrite=True)
 
 
 def test_the_same_recipe_gives_the_same_bytes(tmp_path):

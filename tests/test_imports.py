@@ -13,7 +13,7 @@ FLOORS = (
     ("plugin", "builtin"),
     ("registry", "shapes"),
     ("recipe",),
-    ("prompts", "progress", "structure", "sparsity"),
+    ("prompts", "progress", "structure", "sparsity", "output"),
     ("shrunk",),
     ("pipeline",),
     ("calibration", "checkpoint", "report"),
