@@ -207,18 +207,20 @@ def open_folder(model: Model, *, weights: bool = True) -> Folder:
     return folder
 
 
-def load(model: Model, device: str) -> Pipeline:
+def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
     """Loads a pipeline onto a device.
 
     Args:
         model: which one, and in which dtype to compute.
         device: `auto`, `cpu`, `cuda`, ...
+        folder: what `open_folder` found for this model, if that was asked already: a hub is not asked twice, nor
+            are the hashes of a built-in pipeline checked twice.
 
     Raises:
         CompressorError: if it cannot be found, its weights are missing, damaged or pickled, or the device is absent.
     """
     target = pick_device(device)
-    folder = open_folder(model)
+    folder = folder or open_folder(model)
     for name in folder.components:
         if not (folder.path / name).is_dir():
             raise CompressorError(f"{folder.path / name}: no such folder, though model_index.json lists this component")

@@ -91,7 +91,7 @@ def plan(recipe: Recipe) -> Plan:
     twin = folder.twin()
     given = recipe.calibration
     height, width = size_of(recipe, folder)
-    seen = trace_at(recipe, folder)
+    seen = trace_at(twin, recipe, folder)
     linears = find_targets(twin, folder.family)
     texts = 0
     if given is not None:

@@ -110,9 +110,9 @@ def prepare(
         _check_exporters(recipe)
         folder = pipelines.open_folder(recipe.model)
         claim(output, folder.path, overwrite)
-        seen = trace_at(recipe, folder)
+        seen = trace_at(folder.twin(), recipe, folder)
         progress.say(f"loading {recipe.model.source}")
-        pipeline = pipelines.load(recipe.model, recipe.device)
+        pipeline = pipelines.load(recipe.model, recipe.device, folder)
         checkpoint.check_space(pipeline, output)
         entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family)
         if not alternatives:
@@ -126,12 +126,12 @@ def prepare(
     return Prepared(recipe, pipeline, seen, entries, calibration, drawing, tuple(encoded), metrics)
 
 
-def trace_at(recipe: Recipe, folder: pipelines.Folder) -> Trace:
-    """One forward of the meta-device twin at the size that the recipe calibrates at."""
+def trace_at(twin: nn.Module, recipe: Recipe, folder: pipelines.Folder) -> Trace:
+    """One forward of the meta-device twin, as `folder.twin()` makes it, at the size that the recipe calibrates at."""
     height, width = size_of(recipe, folder)
     factor = folder.vae_factor
     sequence = folder.text_tokens(recipe.calibration.max_sequence_length if recipe.calibration else None)
-    return trace(folder.twin(), folder.family, height=height // factor, width=width // factor, sequence=sequence)
+    return trace(twin, folder.family, height=height // factor, width=width // factor, sequence=sequence)
 
 
 def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
