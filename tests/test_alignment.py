@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from compressor_obs_diff.alignment import kept_count, spread
+from compressor.structure.alignment import kept_count, spread
 
 from compressor.errors import CompressorError
 
