@@ -174,13 +174,7 @@ def _prove(pipeline: Pipeline, folder: Path) -> None:
         cls = getattr(diffusers, pipeline.family.component_class)
         saved = cls.from_pretrained(path, use_safetensors=True, dtype=pipeline.dtype)
     saved = saved.to(pipeline.device).eval()
-    side = min(pipeline.folder.default_size // pipeline.folder.vae_factor, 32)
-    devices = [pipeline.device] if pipeline.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        inputs = pipeline.family.inputs(
-            pipeline.module, batch=1, height=side, width=side, sequence=pipeline.folder.text_tokens()
-        )
+    inputs = pipeline.example_inputs()
     expected = pipeline.module(**inputs, return_dict=False)[0]
     found = saved(**inputs, return_dict=False)[0]
     if not torch.equal(expected, found):

@@ -12,11 +12,13 @@ from compressor import measure, report
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
 from compressor.options import Options
-from compressor.prepare import Prepared, prepare
+from compressor.prepare import Prepared, enter, prepare, shrink_twin, trace_at
 from compressor.progress import Progress
 from compressor.pruning import prune
 from compressor.recipe import Recipe
 from compressor.report.facts import sparsity
+from compressor.structure import Snapshot
+from compressor.units import count
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Row:
     Attributes:
         entry: its place in the recipe.
         pruner: the plugin and the options that differ from its defaults.
-        sparsity: share of zeros in the layers it was given.
+        sparsity: share of the weights of the layers it changed that left or are zero.
+        parameters: of the network, after.
+        operations: multiply-adds of one forward, after, as a dense kernel does them.
         seconds: calibration and solving, without drawing.
         figures: by metric and name.
         warnings: what the user should know.
@@ -35,6 +39,8 @@ class Row:
     entry: str
     pruner: str
     sparsity: float
+    parameters: int
+    operations: int
     seconds: float
     figures: dict[str, dict[str, float]]
     warnings: tuple[str, ...]
@@ -55,36 +61,59 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
         raise CompressorError("report.images: should be at least 1 to compare by, found 0")
     job = prepare(recipe, folder / "unused", Stopwatch(), progress, overwrite=True, alternatives=True)
     dense = job.draw(progress, "drawing, dense")
-    weights = {target.name: target.module.weight.data for entry in job.entries for target in entry.component.targets}
-    original = {name: weight.clone() for name, weight in weights.items()}
+    targets = {target.name: target for entry in job.entries for target in entry.layers}
+    original = Snapshot(targets.values(), [group for entry in job.entries for group in entry.removals])
     rows: list[Row] = []
     for number, entry in enumerate(job.entries, start=1):
         progress.say(f"{number} of {len(job.entries)}: {_describe(recipe, number - 1)}")
-        for name, weight in weights.items():
-            weight.copy_(original[name])
+        original.restore()
         if job.calibration is not None:
             job.calibration.start_over()
         start = time.perf_counter()
-        layers = prune(entry, job.pipeline, job.calibration, progress)
+        pruned = prune(entry, job.pipeline, job.calibration, progress)
         seconds = time.perf_counter() - start
         pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
         assert pairs is not None
         figures, notes = report.measure(job.metrics, pairs)
         said = (*(job.calibration.facts.warnings if job.calibration else ()), *notes)
-        rows.append(Row(entry.where, _describe(recipe, number - 1), sparsity(layers)[1], seconds, figures, said))
+        rows.append(
+            Row(
+                entry=entry.where,
+                pruner=_describe(recipe, number - 1),
+                sparsity=sparsity(pruned.layers)[1],
+                parameters=sum(p.numel() for p in job.pipeline.module.parameters()),
+                operations=_operations(job, number - 1),
+                seconds=seconds,
+                figures=figures,
+                warnings=said,
+            )
+        )
         _write(job, rows, folder)
     return tuple(rows)
+
+
+def _operations(job: Prepared, index: int) -> int:
+    """Of the network that one entry alone leaves, found on a twin of its own."""
+    if not job.entries[index].removals:
+        return job.trace.macs
+    folder = job.pipeline.folder
+    twin = folder.twin()
+    shrink_twin(enter(job.recipe, folder.network, twin, folder.family)[index : index + 1])
+    return trace_at(twin, job.recipe, folder).macs
 
 
 def table(rows: tuple[Row, ...], names: tuple[str, ...]) -> str:
     """A Markdown table: one row an entry, one column a figure `metric.name`, with standard errors."""
     lines = [
-        "| pruner | zeros | " + " | ".join(name.partition(".")[2].replace("_", " ") for name in names) + " | seconds |",
-        "| --- | --- | " + " | ".join("---" for _ in names) + " | --- |",
+        "| pruner | gone | parameters | operations | "
+        + " | ".join(name.partition(".")[2].replace("_", " ") for name in names)
+        + " | seconds |",
+        "| --- | --- | --- | --- | " + " | ".join("---" for _ in names) + " | --- |",
     ]
     for row in rows:
         cells = [_figure(row, name) for name in names]
-        lines.append(f"| {row.pruner} | {row.sparsity:.1%} | {' | '.join(cells)} | {row.seconds:.1f} |")
+        sizes = f"{row.sparsity:.1%} | {count(row.parameters)} | {count(row.operations)}"
+        lines.append(f"| {row.pruner} | {sizes} | {' | '.join(cells)} | {row.seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from compressor import pipeline as pipelines
 from compressor import prompts
 from compressor.calibration import explain_rank, sampling
 from compressor.calibration.packages import Package, cut
-from compressor.prepare import Entry, check_apart, enter, size_of, trace_at
+from compressor.prepare import Entry, check_apart, check_table, enter, shrink_twin, size_of, trace_at
 from compressor.recipe import Recipe
-from compressor.structure import Trace, find_targets
+from compressor.structure import Trace, find_groups, find_targets
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer: how many weights it has, and how many will be zero."""
+    """One layer: how many weights it has, how many will leave with heads and neurons, and how many will be zero."""
 
     name: str
     part: str
     role: str
     stream: str
     weights: int
+    removed: int
     zeros: int
+
+    @property
+    def gone(self) -> int:
+        """How many weights will leave or be zero."""
+        return self.removed + self.zeros
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """The heads or neurons of one attention or feed-forward: how many there are, and how many will stay.
+
+    Attributes:
+        name: such as `transformer_blocks.0.attn.heads`.
+        block: dotted name of the block.
+        kind: `heads` or `neurons`.
+        width: rows of a layer that one of them has: the head dimension, or 1.
+        before: how many there are.
+        after: how many will stay.
+    """
+
+    name: str
+    block: str
+    kind: str
+    width: int
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -32,13 +60,19 @@ class PlannedPruning:
 
     Attributes:
         pruner: the plugin's name.
-        layers: in order of execution.
+        layers: those that will change, in order of execution.
+        groups: those that will lose heads or neurons; none unless the pruner is structured.
+        shares: of heads and of neurons, as asked for.
+        whole: blocks that keep all their heads and neurons, though others lose some.
         packages: in order; none if nothing is calibrated.
         forwards: calls of the network that calibration takes, if the scheduler calls once a step.
     """
 
     pruner: str
     layers: tuple[PlannedLayer, ...]
+    groups: tuple[PlannedGroup, ...]
+    shares: dict[str, float]
+    whole: tuple[str, ...]
     packages: tuple[Package, ...]
     forwards: int
 
@@ -55,11 +89,14 @@ class Plan:
         width: pixels.
         linears: how many layers the family's table found.
         parameters: of the network.
+        parameters_after: when heads and neurons have left.
         zeros: weights that will be zero.
         macs: multiply-adds of one forward of one sample.
+        macs_after: when heads and neurons have left.
         nonzero_macs: the same, without those whose weight will be zero.
         prompts: how many will be used.
         entries: one for each pruner.
+        overrides: where torch-pruning's dependency graph and the family's table differ, and why the table counts.
         warnings: what the user should know.
     """
 
@@ -70,11 +107,14 @@ class Plan:
     width: int
     linears: int
     parameters: int
+    parameters_after: int
     zeros: int
     macs: int
+    macs_after: int
     nonzero_macs: int
     prompts: int
     entries: tuple[PlannedPruning, ...]
+    overrides: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -106,8 +146,11 @@ def plan(recipe: Recipe) -> Plan:
         entries.append(planned)
         warnings += [note for note in notes if note not in warnings]
         zeros |= {layer.name: layer.zeros for layer in planned.layers}
+    parameters = sum(p.numel() for p in twin.parameters())
+    overrides = check_table(found, recipe, folder)
+    after = trace_at(twin, recipe, folder) if shrink_twin(found) else seen
     weights = {target.name: target.module.weight.numel() for target in linears}
-    saved = sum(seen.macs_of[name] * count // weights[name] for name, count in zeros.items())
+    saved = sum(after.macs_of[name] * count // weights[name] for name, count in zeros.items())
     return Plan(
         source=recipe.model.source,
         network=f"{folder.network} ({folder.family.component_class})",
@@ -115,12 +158,15 @@ def plan(recipe: Recipe) -> Plan:
         height=height,
         width=width,
         linears=len(linears),
-        parameters=sum(p.numel() for p in twin.parameters()),
+        parameters=parameters,
+        parameters_after=sum(p.numel() for p in twin.parameters()),
         zeros=sum(zeros.values()),
         macs=seen.macs,
-        nonzero_macs=seen.macs - saved,
+        macs_after=after.macs,
+        nonzero_macs=after.macs - saved,
         prompts=texts,
         entries=tuple(entries),
+        overrides=overrides,
         warnings=tuple(warnings),
     )
 
@@ -128,7 +174,7 @@ def plan(recipe: Recipe) -> Plan:
 def _plan_entry(
     recipe: Recipe, entry: Entry, seen: Trace, texts: int, pipeline_class: str
 ) -> tuple[PlannedPruning, list[str]]:
-    targets = entry.component.targets
+    targets = entry.calibrated
     notes: list[str] = []
     packages: tuple[Package, ...] = ()
     forwards = 0
@@ -140,8 +186,43 @@ def _plan_entry(
             guided = sampling.guided(pipeline_class, given.guidance)
             note = explain_rank(targets, seen, texts, given.steps, guided)
             notes += [note] if note else []
-    layers = tuple(
-        PlannedLayer(t.name, t.layer.part, t.layer.role, t.layer.stream, t.outputs * t.inputs, entry.pruner.zeros(t))
-        for t in targets
+    groups = tuple(
+        PlannedGroup(group.name, group.block, group.kind, group.width, group.count, group.count - removed)
+        for group, removed in entry.removals.items()
     )
-    return PlannedPruning(entry.name, layers, packages, forwards), notes
+    whole: dict[str, None] = {}
+    if entry.removals:
+        every = find_groups(entry.component.module, entry.component.family)
+        whole = dict.fromkeys(group.block for group in every)
+        whole = {block: None for block in whole if block not in {group.block for group in groups}}
+    planned = PlannedPruning(
+        pruner=entry.name,
+        layers=_plan_layers(entry),
+        groups=groups,
+        shares=dict(entry.pruner.shares()),
+        whole=tuple(whole),
+        packages=packages,
+        forwards=forwards,
+    )
+    return planned, notes
+
+
+def _plan_layers(entry: Entry) -> tuple[PlannedLayer, ...]:
+    removed: Counter[str] = Counter()
+    for group, count in entry.removals.items():
+        for layer in group.producers:
+            removed[layer.name] += len(group.rows(layer, range(count))) * layer.inputs
+        for layer in group.consumers:
+            removed[layer.name] += len(group.columns(layer, range(count))) * layer.outputs
+    return tuple(
+        PlannedLayer(
+            name=target.name,
+            part=target.layer.part,
+            role=target.layer.role,
+            stream=target.layer.stream,
+            weights=target.outputs * target.inputs,
+            removed=removed[target.name],
+            zeros=entry.pruner.zeros(target),
+        )
+        for target in entry.layers
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import asdict, fields
 
-from compressor.plan import Plan, PlannedLayer, PlannedPruning
+from compressor.plan import Plan, PlannedGroup, PlannedLayer, PlannedPruning
 from compressor.units import count, percent, several, size
 
 
@@ -35,29 +36,40 @@ def as_text(plan: Plan, *, layers: bool) -> str:
         plan: what to print.
         layers: every layer, instead of a line for each role.
     """
-    after = plan.parameters - plan.zeros
     lines = [
         f"model         {plan.source}",
         f"network       {plan.network}, family {plan.family}, {plan.linears} linears that can be pruned",
         f"size          {plan.width} x {plan.height} pixels",
-        f"parameters    {count(plan.parameters)}, of which non-zero after: {count(after)} "
-        f"({percent(after / plan.parameters)})",
-        f"operations    {count(plan.macs)} multiply-adds a forward, of which by non-zero weights after: "
-        f"{count(plan.nonzero_macs)} ({percent(plan.nonzero_macs / plan.macs)})",
+        f"parameters    {_after(plan.parameters, plan.parameters_after, plan.parameters_after - plan.zeros)}",
+        f"operations    {_after(plan.macs, plan.macs_after, plan.nonzero_macs)}; multiply-adds a forward",
     ]
     for entry in plan.entries:
         lines += ["", *_entry(entry, plan, layers)]
+    lines += ["", *(f"dependency graph: {line}" for line in plan.overrides)] if plan.overrides else []
     lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []
     return "\n".join(lines) + "\n"
 
 
+def _after(before: int, after: int, nonzero: int) -> str:
+    parts = [count(before)]
+    if after < before:
+        parts.append(f"after: {count(after)} ({percent(after / before)})")
+    if nonzero < after or after == before:
+        parts.append(f"of which non-zero after: {count(nonzero)} ({percent(nonzero / before)})")
+    return ", ".join(parts)
+
+
 def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
     weights = sum(layer.weights for layer in entry.layers)
-    zeros = sum(layer.zeros for layer in entry.layers)
+    gone = sum(layer.gone for layer in entry.layers)
+    fate = "leave" if entry.groups else "become zero"
     lines = [
         f"{entry.pruner}: {several(len(entry.layers), 'layer')}, {count(weights)} weights, "
-        f"{count(zeros)} to become zero ({percent(zeros / weights)})",
+        f"{count(gone)} to {fate} ({percent(gone / weights)})",
+        *(_share(kind, share, entry.groups) for kind, share in entry.shares.items()),
     ]
+    if entry.whole:
+        lines.append(f"  kept whole: {', '.join(entry.whole)}")
     if entry.packages:
         most = max(package.moment_bytes for package in entry.packages)
         lines.append(
@@ -66,15 +78,28 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
         )
     if layers:
         width = max(len(layer.name) for layer in entry.layers)
-        lines += [
-            f"  {x.name:<{width}}  {count(x.weights):>8}  {percent(x.zeros / x.weights):>6}" for x in entry.layers
-        ]
+        lines += [f"  {x.name:<{width}}  {count(x.weights):>8}  {percent(x.gone / x.weights):>6}" for x in entry.layers]
         return lines
     kinds: dict[tuple[str, str, str], list[PlannedLayer]] = defaultdict(list)
     for layer in entry.layers:
         kinds[layer.part, layer.stream, layer.role].append(layer)
     for kind, members in kinds.items():
         total = sum(x.weights for x in members)
-        share = sum(x.zeros for x in members) / total
+        share = sum(x.gone for x in members) / total
         lines.append(f"  {' '.join(kind):<30} {len(members):>4} layers  {count(total):>9}  {percent(share):>6}")
     return lines
+
+
+def _share(kind: str, asked: float, groups: tuple[PlannedGroup, ...]) -> str:
+    """What was asked for and what whole heads and aligned widths come to."""
+    own = [group for group in groups if group.kind == kind]
+    before, after = sum(group.before for group in own), sum(group.after for group in own)
+    kept: dict[str, int] = defaultdict(int)
+    for group in own:
+        kept[f"{group.after} of {group.before}"] += 1
+    multiple = math.gcd(*(group.after * group.width for group in own))
+    return (
+        f"  {kind}: asked {percent(asked)}, reached {percent(1 - after / before)}; stay "
+        + ", ".join(f"{counts} ({several(times, 'time')})" for counts, times in kept.items())
+        + f"; widths are multiples of {multiple}"
+    )

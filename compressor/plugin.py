@@ -8,7 +8,7 @@ a plugin's module should import its mathematics inside that method for the same 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from compressor.calibration import Calibration
     from compressor.pipeline import Pipeline
-    from compressor.structure import Component, Target
+    from compressor.structure import Component, Group, Target
 
 MomentKind = Literal["none", "norms", "second"]
 
@@ -44,6 +44,21 @@ class LayerResult:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Removed:
+    """Which heads or neurons of a group a pruner gave up; the run then takes them out of the network.
+
+    The pruner has zeroed their columns in the layers that read them, and may have changed what is left there.
+
+    Attributes:
+        group: one of those that the pruner's `removals` promised.
+        units: their indices, as many as promised.
+    """
+
+    group: Group
+    units: tuple[int, ...]
+
+
 class Pruner(Options, ABC):
     """Changes the component in place. Registered in the entry-point group `compressor.pruners`."""
 
@@ -63,7 +78,24 @@ class Pruner(Options, ABC):
 
     @abstractmethod
     def zeros(self, target: Target) -> int:
-        """How many weights of this layer will be zero, exactly."""
+        """How many weights of this layer will be zero, exactly; 0 for a pruner that removes heads and neurons."""
+
+    def removals(self, component: Component) -> Mapping[Group, int]:
+        """How many heads or neurons will be removed, by group; nothing for a pruner that leaves every shape as it is.
+
+        A pruner that removes is calibrated on what the groups' consumers read, and on nothing else.
+
+        Args:
+            component: the module, possibly on the meta device, and the layers chosen by the recipe.
+
+        Raises:
+            CompressorError: if the options leave nothing to remove, or nothing of a group.
+        """
+        return {}
+
+    def shares(self) -> Mapping[str, float]:
+        """The shares of `heads` and of `neurons` that were asked for; what `removals` reaches differs by rounding."""
+        return {}
 
     def holds(self, target: Target) -> bool:
         """Whether a pruned layer's stored weight has the pattern that was promised, such as N:M; asked after the run.
@@ -73,8 +105,11 @@ class Pruner(Options, ABC):
         return True
 
     @abstractmethod
-    def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
+    def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult | Removed]:
         """Prunes every layer of `component.targets` in place, yielding after each one.
+
+        A pruner that removes heads and neurons yields one `Removed` for each group that it promised, and a
+        `LayerResult` for each of the groups' consumers.
 
         Args:
             component: the module, its family and the layers to prune. Its weights are changed.
@@ -87,14 +122,18 @@ class Pruner(Options, ABC):
 
 
 class Granularity(Options, ABC):
-    """Which weights stand or fall together. Registered in `compressor.granularities`.
+    """Which weights stand or fall together: `Elementwise` or `Structured`. Registered in `compressor.granularities`."""
 
-    A granularity is asked for masks over blocks of whole columns, left to right, so that a solver which
+    needs_sparsity: ClassVar[bool] = False
+    """Whether the pruner's `sparsity` says how much is removed; if not, the options of the granularity do."""
+
+
+class Elementwise(Granularity):
+    """Zeroes weights and keeps every shape.
+
+    An elementwise granularity is asked for masks over blocks of whole columns, left to right, so that a solver which
     compensates as it goes can ask again with updated scores.
     """
-
-    needs_sparsity: ClassVar[bool]
-    """Whether the pruner's `sparsity` says how much goes; if not, giving one is an error."""
 
     @abstractmethod
     def check(self, target: Target) -> None:
@@ -124,6 +163,28 @@ class Granularity(Options, ABC):
         Returns:
             Boolean tensor of the same shape, True where the weight goes; exactly `zeros` are True.
         """
+
+
+class Structured(Granularity):
+    """Takes whole heads or neurons out of the network, so that its matrices become smaller.
+
+    A structured granularity says of which groups how many leave; which ones is the pruner's to choose.
+    """
+
+    @abstractmethod
+    def removals(self, component: Component) -> Mapping[Group, int]:
+        """How many heads or neurons of each group will be removed, in order of execution; at least one of any named.
+
+        Args:
+            component: the module, possibly on the meta device, and the layers that may change.
+
+        Raises:
+            CompressorError: if nothing could be removed, or nothing of a group would be left.
+        """
+
+    @abstractmethod
+    def shares(self) -> Mapping[str, float]:
+        """The shares of `heads` and of `neurons` that are asked for; a kind that stays whole is left out."""
 
 
 def check_sparsity(granularity: Granularity, sparsity: float | None) -> None:

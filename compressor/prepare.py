@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,7 +19,19 @@ from compressor.plugin import Metric, Pruner, Samples
 from compressor.progress import Progress
 from compressor.recipe import Recipe
 from compressor.registry import Choice, find, load
-from compressor.structure import Component, Family, Trace, find_targets, select, trace
+from compressor.structure import (
+    Component,
+    Family,
+    Group,
+    Target,
+    Trace,
+    consumers,
+    cross_check,
+    find_targets,
+    keep,
+    select,
+    trace,
+)
 
 Drawn = tuple[Tensor, Tensor]
 
@@ -32,12 +45,28 @@ class Entry:
         name: the plugin's name.
         pruner: the plugin.
         component: the network and the chosen layers.
+        removals: how many heads or neurons will leave, by group; none unless the pruner is structured.
     """
 
     where: str
     name: str
     pruner: Pruner
     component: Component
+    removals: Mapping[Group, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[Target, ...]:
+        """Those that change, in order of execution: all that were chosen, or the linears of the groups."""
+        if not self.removals:
+            return self.component.targets
+        changing = {target.name for group in self.removals for target in (*group.producers, *group.consumers)}
+        every = find_targets(self.component.module, self.component.family)
+        return tuple(target for target in every if target.name in changing)
+
+    @property
+    def calibrated(self) -> tuple[Target, ...]:
+        """Those whose inputs the pruner asks for, if it asks for any, and for each of which it gives a result."""
+        return consumers(self.removals) if self.removals else self.component.targets
 
 
 @dataclass(frozen=True)
@@ -48,7 +77,9 @@ class Prepared:
         recipe: as it was read.
         pipeline: on its device.
         trace: one forward of the network's meta-device twin.
+        trace_after: the same, when all heads and neurons that are to leave have left (not for alternatives).
         entries: one for each pruner.
+        overrides: where the dependency graph differs from the family's table of groups, which counts, and why.
         calibration: None if no pruner asks for one.
         prompts: what is drawn, dense and pruned.
         encoded: the same, as the network is given them.
@@ -58,7 +89,9 @@ class Prepared:
     recipe: Recipe
     pipeline: Pipeline
     trace: Trace
+    trace_after: Trace
     entries: tuple[Entry, ...]
+    overrides: tuple[str, ...]
     calibration: Calibration | None
     prompts: tuple[str, ...]
     encoded: tuple[sampling.Encoded, ...]
@@ -110,28 +143,61 @@ def prepare(
         _check_exporters(recipe)
         folder = pipelines.open_folder(recipe.model)
         claim(output, folder.path, overwrite)
-        seen = trace_at(folder.twin(), recipe, folder)
+        twin = folder.twin()
+        seen = trace_at(twin, recipe, folder)
+        planned = enter(recipe, folder.network, twin, folder.family)
+        overrides = check_table(planned, recipe, folder)
+        seen_after = seen
+        if not alternatives:
+            check_apart(planned)
+            seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device, folder)
         checkpoint.check_space(pipeline, output)
         entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family)
-        if not alternatives:
-            check_apart(entries)
     with watch.phase("encode"):
         length = recipe.calibration.max_sequence_length if recipe.calibration else None
         encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures", length)
         calibration = None
         if calibrating and recipe.calibration is not None:
             calibration = Calibration(pipeline, seen, recipe.calibration, calibrating, recipe.seed, progress)
-    return Prepared(recipe, pipeline, seen, entries, calibration, drawing, tuple(encoded), metrics)
+    return Prepared(
+        recipe, pipeline, seen, seen_after, entries, overrides, calibration, drawing, tuple(encoded), metrics
+    )
 
 
 def trace_at(twin: nn.Module, recipe: Recipe, folder: pipelines.Folder) -> Trace:
     """One forward of the meta-device twin, as `folder.twin()` makes it, at the size that the recipe calibrates at."""
+    return trace(twin, folder.family, **_dimensions(recipe, folder))
+
+
+def check_table(entries: tuple[Entry, ...], recipe: Recipe, folder: pipelines.Folder) -> tuple[str, ...]:
+    """Holds the family's table of groups against torch-pruning's dependency graph, where something is to be removed.
+
+    Args:
+        entries: on the network's meta-device twin, as it is before anything is removed.
+        recipe: whose size is used.
+        folder: of the model.
+
+    Returns:
+        A line for each row of the table where they differ and the table is known to be right.
+
+    Raises:
+        CompressorError: if they differ and nothing is known.
+    """
+    removing = [entry for entry in entries if entry.removals]
+    if not removing:
+        return ()
+    twin = removing[0].component.module
+    return cross_check(twin, folder.family, folder.family.inputs(twin, batch=1, **_dimensions(recipe, folder)))
+
+
+def _dimensions(recipe: Recipe, folder: pipelines.Folder) -> dict[str, int]:
+    """Latent rows and columns, and text tokens."""
     height, width = size_of(recipe, folder)
     factor = folder.vae_factor
     sequence = folder.text_tokens(recipe.calibration.max_sequence_length if recipe.calibration else None)
-    return trace(twin, folder.family, height=height // factor, width=width // factor, sequence=sequence)
+    return {"height": height // factor, "width": width // factor, "sequence": sequence}
 
 
 def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
@@ -197,8 +263,24 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family) -> tuple
             raise CompressorError(f"prune[{i}].{error}") from None
         entry.pruner.check(targets)
         component = Component(name, module, family, targets)
-        entries.append(Entry(f"prune[{i}]", Choice("pruner").name(entry.pruner), entry.pruner, component))
+        try:
+            removals = entry.pruner.removals(component)
+        except CompressorError as error:
+            raise CompressorError(f"prune[{i}]: {error}") from None
+        entries.append(Entry(f"prune[{i}]", Choice("pruner").name(entry.pruner), entry.pruner, component, removals))
     return tuple(entries)
+
+
+def shrink_twin(entries: tuple[Entry, ...]) -> bool:
+    """Takes as many heads and neurons out of the entries' network, on the meta device, as will leave the real one.
+
+    Returns:
+        Whether any did.
+    """
+    removals = [pair for entry in entries for pair in entry.removals.items()]
+    for group, count in removals:
+        keep(group, range(group.count - count))
+    return bool(removals)
 
 
 def check_apart(entries: tuple[Entry, ...]) -> None:
@@ -209,7 +291,7 @@ def check_apart(entries: tuple[Entry, ...]) -> None:
     """
     taken: dict[str, Entry] = {}
     for entry in entries:
-        for target in entry.component.targets:
+        for target in entry.layers:
             other = taken.setdefault(target.name, entry)
             if other is not entry:
                 raise CompressorError(

@@ -1,6 +1,9 @@
-"""Lets a pruner do its work and counts afterwards whether it did what it promised."""
+"""Lets a pruner do its work, takes out what it gave up, and counts afterwards whether it did what it promised."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -8,14 +11,31 @@ from compressor import checkpoint
 from compressor.calibration import Calibration
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
-from compressor.plugin import LayerResult
+from compressor.plugin import LayerResult, Removed
 from compressor.prepare import Entry
 from compressor.progress import Progress
-from compressor.report import LayerRow
-from compressor.structure import Target
+from compressor.report import GroupRow, LayerRow
+from compressor.structure import Group, Proof, Target, shrink
+
+Shape = tuple[int, int]
 
 
-def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, progress: Progress) -> list[LayerRow]:
+@dataclass(frozen=True)
+class Pruned:
+    """What was done.
+
+    Attributes:
+        layers: one row for each layer that changed, in order of execution.
+        groups: one row for each group of heads or neurons that lost some.
+        proof: that the network without them computes what it did with their columns zeroed; None if none left.
+    """
+
+    layers: tuple[LayerRow, ...]
+    groups: tuple[GroupRow, ...]
+    proof: Proof | None
+
+
+def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, progress: Progress) -> Pruned:
     """Prunes the layers of one entry in place and rounds the network to the dtype that it will be saved in.
 
     Args:
@@ -24,26 +44,64 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
         calibration: for pruners that ask for one.
         progress: shows a bar.
 
-    Returns:
-        One row a layer, in order of execution.
-
     Raises:
-        CompressorError: if the pruner fails, leaves a layer out, leaves a weight that is not finite, or makes fewer
-            zeros than it promised.
+        CompressorError: if the pruner fails, leaves a layer or a group out, leaves a weight that is not finite, makes
+            fewer zeros or removes other numbers of heads or neurons than it promised; or if the network does not
+            compute the same without them.
     """
+    layers = entry.layers
+    shapes = {target.name: (target.outputs, target.inputs) for target in layers}
+    counts = {group.name: group.count for group in entry.removals}
     results: dict[str, LayerResult] = {}
-    with progress.task(f"pruning with {entry.name}", len(entry.component.targets)) as advance:
+    removed: dict[str, Removed] = {}
+    with progress.task(f"pruning with {entry.name}", len(entry.calibrated)) as advance:
         for result in entry.pruner.prune(entry.component, calibration):
-            results[result.name] = result
-            advance(1)
+            if isinstance(result, Removed):
+                removed[result.group.name] = result
+            else:
+                advance(result.name not in results)
+                results[result.name] = result
+    _check_results(entry, results, removed)
     checkpoint.round_to_stored(pipeline)
-    return [_verify(entry, target, results.get(target.name)) for target in entry.component.targets]
+    units = {group: removed[group.name].units for group in entry.removals}
+    proof = _shrink(entry, pipeline, units, progress)
+    return Pruned(
+        layers=tuple(_verify(entry, target, results.get(target.name), shapes[target.name]) for target in layers),
+        groups=tuple(
+            GroupRow(group.name, group.block, group.kind, group.width, counts[group.name], group.count, units[group])
+            for group in entry.removals
+        ),
+        proof=proof,
+    )
 
 
-def _verify(entry: Entry, target: Target, result: LayerResult | None) -> LayerRow:
+def _check_results(entry: Entry, results: Mapping[str, LayerResult], removed: Mapping[str, Removed]) -> None:
     start = f"{entry.where}: pruner '{entry.name}'"
-    if result is None:
-        raise CompressorError(f"{start} left out {target.name}; nothing was kept")
+    for target in entry.calibrated:
+        if target.name not in results:
+            raise CompressorError(f"{start} left out {target.name}; nothing was kept")
+    for group, count in entry.removals.items():
+        found = len(set(removed[group.name].units)) if group.name in removed else 0
+        if found != count:
+            raise CompressorError(
+                f"{start} should have given up {count} of {group.name}, found {found}; nothing was kept"
+            )
+
+
+def _shrink(
+    entry: Entry, pipeline: Pipeline, units: Mapping[Group, tuple[int, ...]], progress: Progress
+) -> Proof | None:
+    if not units:
+        return None
+    progress.say(f"removing heads and neurons of {len(units)} groups, and proving that nothing else changes")
+    try:
+        return shrink(pipeline.module, units, pipeline.example_inputs())
+    except CompressorError as error:
+        raise CompressorError(f"{entry.where}: {error}; nothing was kept") from error
+
+
+def _verify(entry: Entry, target: Target, result: LayerResult | None, shape: Shape) -> LayerRow:
+    start = f"{entry.where}: pruner '{entry.name}'"
     weight = target.module.weight
     if not torch.isfinite(weight).all():
         raise CompressorError(f"{start} left values in {target.name} that are not finite; nothing was kept")
@@ -55,7 +113,8 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None) -> LayerRo
         )
     if not entry.pruner.holds(target):
         raise CompressorError(f"{start} left {target.name} without the pattern that it promised; nothing was kept")
-    layer = target.layer
+    layer, removed = target.layer, shape[0] * shape[1] - weight.numel()
+    result = result or LayerResult(target.name)
     return LayerRow(
         name=target.name,
         block=target.block,
@@ -63,8 +122,11 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None) -> LayerRo
         role=layer.role,
         stream=layer.stream,
         pruner=entry.name,
-        parameters=weight.numel(),
-        asked=asked,
+        outputs=target.outputs,
+        inputs=target.inputs,
+        parameters=shape[0] * shape[1],
+        removed=removed,
+        asked=asked + removed,
         zeros=zeros,
         error=result.error,
         damping=result.damping,

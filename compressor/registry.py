@@ -73,11 +73,12 @@ class Choice:
 
     `granularity: Annotated[Granularity, Choice("granularity")]` reads `granularity: unstructured` as well as
     `granularity: {n_m: {keep: 2, of: 4}}` into an instance of the class that the entry point names.
-    Every mistake inside the options is reported under its own path.
+    Every mistake inside the options is reported under its own path. With a `base`, only its subclasses will do.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, base: type[Options] | None = None) -> None:
         self.kind = kind
+        self.base = base
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -87,7 +88,7 @@ class Choice:
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict:
         definitions: list[dict[str, Any]] = []
-        for name in find(self.kind):
+        for name in self._fitting():
             cls = load(self.kind, name)
             options = handler.resolve_ref_schema(handler(cls.__pydantic_core_schema__))
             if not options.get("required"):
@@ -110,7 +111,7 @@ class Choice:
             name, options = value, {}
         elif isinstance(value, dict) and len(value) == 1:
             name, options = next(iter(value.items()))
-        elif isinstance(value, Options):
+        elif isinstance(value, Options) and self._fits(type(value)):
             return value
         else:
             raise PydanticCustomError(
@@ -122,10 +123,22 @@ class Choice:
             cls = load(self.kind, str(name))
         except CompressorError as error:
             raise PydanticCustomError("plugin", "{message}", {"message": str(error)}) from error
+        if not self._fits(cls):
+            raise PydanticCustomError(
+                "plugin",
+                "this pruner cannot take {kind} '{name}'; should be one of {names}",
+                {"kind": self.kind, "name": str(name), "names": ", ".join(self._fitting())},
+            )
         try:
             return cls.model_validate(options)
         except ValidationError as error:
             raise rebuild(error, str(name), prefix=(str(name),)) from None
+
+    def _fits(self, cls: Any) -> bool:
+        return self.base is None or issubclass(cls, self.base)
+
+    def _fitting(self) -> tuple[str, ...]:
+        return tuple(name for name in find(self.kind) if self._fits(load(self.kind, name)))
 
     def write(self, value: Any) -> Any:
         """The inverse of `read`, with every option spelled out."""

@@ -13,7 +13,7 @@ from compressor.measure import Stopwatch
 from compressor.plugin import Samples
 from compressor.prepare import Prepared, prepare
 from compressor.progress import Progress
-from compressor.pruning import prune
+from compressor.pruning import Pruned, prune
 from compressor.recipe import Recipe
 from compressor.registry import Choice
 
@@ -43,10 +43,11 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
     with watch.phase("draw"):
         dense = job.draw(progress, "drawing, dense")
 
-    rows: dict[str, report.LayerRow] = {}
+    done: list[Pruned] = []
     for entry in job.entries:
         with watch.phase("prune"):
-            rows |= {row.name: row for row in prune(entry, pipeline, job.calibration, progress)}
+            done.append(prune(entry, pipeline, job.calibration, progress))
+    rows = tuple(row for pruned in done for row in pruned.layers)
     if job.calibration is not None:
         watch.move("prune", "calibrate", job.calibration.facts.seconds)
 
@@ -57,8 +58,8 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
         checkpoint.save(pipeline, output, _record(recipe, pipeline.component_name, rows))
     with watch.phase("measure"):
         figures, notes = report.measure(job.metrics, pairs) if pairs else ({}, ())
-        after = measure.size(pipeline.module, job.trace, output / pipeline.component_name)
-    facts = _facts(job, rows, report.Sizes(before, after), watch, figures, notes)
+        after = measure.size(pipeline.module, job.trace_after, output / pipeline.component_name)
+    facts = _facts(job, done, report.Sizes(before, after), watch, figures, notes)
     _tell(facts, pairs, output)
 
     if recipe.export:
@@ -71,7 +72,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
     return output
 
 
-def _record(recipe: Recipe, component: str, rows: dict[str, report.LayerRow]) -> dict[str, Any]:
+def _record(recipe: Recipe, component: str, rows: tuple[report.LayerRow, ...]) -> dict[str, Any]:
     """What `compression.json` says: nothing in it depends on when or where the run took place."""
     data = recipe.dump()
     del data["output"]
@@ -79,11 +80,12 @@ def _record(recipe: Recipe, component: str, rows: dict[str, report.LayerRow]) ->
         row.name: {
             "pruner": row.pruner,
             "parameters": row.parameters,
+            "removed": row.removed,
             "zeros": row.zeros,
             "sparsity": row.sparsity,
             "error": row.error,
         }
-        for row in rows.values()
+        for row in rows
     }
     return {
         "recipe": data,
@@ -96,7 +98,7 @@ def _record(recipe: Recipe, component: str, rows: dict[str, report.LayerRow]) ->
 
 def _facts(
     job: Prepared,
-    rows: dict[str, report.LayerRow],
+    done: list[Pruned],
     sizes: report.Sizes,
     watch: Stopwatch,
     figures: dict[str, dict[str, float]],
@@ -104,16 +106,16 @@ def _facts(
 ) -> report.Report:
     pipeline, recipe, calibration = job.pipeline, job.recipe, None
     if job.calibration is not None and recipe.calibration is not None:
-        done = job.calibration.facts
+        facts = job.calibration.facts
         calibration = report.CalibrationFacts(
-            prompts=done.prompts,
+            prompts=facts.prompts,
             steps=recipe.calibration.steps,
             guidance=recipe.calibration.guidance,
-            batch=done.batch,
-            packages=done.packages,
-            forwards=done.forwards,
-            tokens=done.tokens,
-            nonfinite=done.skipped,
+            batch=facts.batch,
+            packages=facts.packages,
+            forwards=facts.forwards,
+            tokens=facts.tokens,
+            nonfinite=facts.skipped,
         )
     return report.Report(
         recipe=recipe.dump(),
@@ -127,7 +129,8 @@ def _facts(
             family=pipeline.family.name,
             dtype=str(pipeline.dtype).removeprefix("torch."),
         ),
-        layers=tuple(rows.values()),
+        layers=tuple(row for pruned in done for row in pruned.layers),
+        structure=_structure(job, done),
         sizes=sizes,
         times=dict(watch.seconds),
         peak_memory=measure.peak_memory(),
@@ -135,6 +138,24 @@ def _facts(
         metrics=figures,
         warnings=(*(job.calibration.facts.warnings if job.calibration else _explain_idle(recipe)), *notes),
     )
+
+
+def _structure(job: Prepared, done: list[Pruned]) -> report.Structure | None:
+    """What left the network, and the proofs that nothing else changed."""
+    groups = tuple(row for pruned in done for row in pruned.groups)
+    if not groups:
+        return None
+    proofs = tuple(
+        report.ProofFacts(
+            layer_error=max(proof.errors.values()),
+            layer_tolerance=proof.tolerance,
+            network_error=proof.network_error,
+            network_tolerance=proof.network_tolerance,
+        )
+        for proof in (pruned.proof for pruned in done)
+        if proof is not None
+    )
+    return report.Structure(groups, job.overrides, proofs)
 
 
 def _explain_idle(recipe: Recipe) -> tuple[str, ...]:

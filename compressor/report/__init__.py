@@ -14,11 +14,14 @@ from compressor.plugin import Samples
 from compressor.report.facts import (
     CalibrationFacts,
     ExportFacts,
+    GroupRow,
     LayerRow,
     ModelFacts,
+    ProofFacts,
     Report,
     Size,
     Sizes,
+    Structure,
     read,
 )
 from compressor.report.measuring import measure
@@ -29,11 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibrationFacts",
     "ExportFacts",
+    "GroupRow",
     "LayerRow",
     "ModelFacts",
+    "ProofFacts",
     "Report",
     "Size",
     "Sizes",
+    "Structure",
     "grid",
     "measure",
     "read",

@@ -47,9 +47,12 @@ class LayerRow:
         role: `query`, `key`, `value`, `output`, `up` or `down`.
         stream: the token stream that it belongs to.
         pruner: the plugin's name.
-        parameters: number of weights, biases apart.
-        asked: how many weights were to become zero.
-        zeros: how many are, counted in the stored weight.
+        outputs: rows of the weight, as it is now.
+        inputs: columns of the weight, as it is now.
+        parameters: number of weights before, biases apart.
+        removed: how many of them left with heads and neurons.
+        asked: how many were to leave or to become zero.
+        zeros: how many of those that are left are zero, counted in the stored weight.
         error: ||W X - W' X||^2 / ||W X||^2 over the calibration tokens, or None where none were gathered.
         damping: what was added to the diagonal of the Hessian, relative to its mean; None without one.
         seconds: time spent on this layer.
@@ -63,7 +66,10 @@ class LayerRow:
     role: str
     stream: str
     pruner: str
+    outputs: int
+    inputs: int
     parameters: int
+    removed: int
     asked: int
     zeros: int
     error: float | None = None
@@ -72,9 +78,72 @@ class LayerRow:
     notes: tuple[str, ...] = ()
 
     @property
+    def gone(self) -> int:
+        """How many weights left or are zero."""
+        return self.removed + self.zeros
+
+    @property
     def sparsity(self) -> float:
-        """The share of weights that are zero."""
-        return share(self.zeros, self.parameters)
+        """The share of the weights before that left or are zero."""
+        return share(self.gone, self.parameters)
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """What was taken out of one attention or feed-forward.
+
+    Attributes:
+        name: such as `transformer_blocks.0.attn.heads`.
+        block: dotted name of its block.
+        kind: `heads` or `neurons`.
+        width: rows of a layer that one of them has: the head dimension, or 1.
+        before: how many there were.
+        after: how many there are.
+        removed: indices of those that left, ascending, as they were counted before.
+
+    """
+
+    name: str
+    block: str
+    kind: str
+    width: int
+    before: int
+    after: int
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ProofFacts:
+    """That the network without what left computes what it did with the columns that read it zeroed.
+
+    Attributes:
+        layer_error: the worst of all layers and blocks, norm of the difference over norm, in float32 or better.
+        layer_tolerance: what it may not exceed.
+        network_error: of the network's output, in its own dtype.
+        network_tolerance: what it may not exceed.
+
+    """
+
+    layer_error: float
+    layer_tolerance: float
+    network_error: float
+    network_tolerance: float
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What left the network, and what says that nothing else did.
+
+    Attributes:
+        groups: in order of execution.
+        overrides: where torch-pruning's dependency graph and the family's table differ, and why the table counts.
+        proofs: one for each entry of the recipe that removes.
+
+    """
+
+    groups: tuple[GroupRow, ...]
+    overrides: tuple[str, ...]
+    proofs: tuple[ProofFacts, ...]
 
 
 @dataclass(frozen=True)
@@ -158,7 +227,8 @@ class Report:
         versions: of Python, of this package and of those that it builds on.
         device: in words.
         model: what was pruned.
-        layers: in order of execution.
+        layers: those that changed, in order of execution.
+        structure: heads and neurons that left; None if none did.
         sizes: of the component.
         times: seconds by phase, in the order in which they ran.
         peak_memory: bytes by kind, such as `cpu_resident` and `gpu_allocated`.
@@ -178,6 +248,7 @@ class Report:
     sizes: Sizes
     times: dict[str, float]
     peak_memory: dict[str, int]
+    structure: Structure | None = None
     calibration: CalibrationFacts | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     exports: tuple[ExportFacts, ...] = ()
@@ -200,10 +271,10 @@ def share(part: float, whole: float) -> float:
 
 
 def sparsity(rows: Iterable[LayerRow]) -> tuple[float, float]:
-    """The share of these layers' weights that were to become zero, and that are."""
+    """The share of these layers' weights that were to leave or to become zero, and that did."""
     rows = tuple(rows)
     weights = sum(row.parameters for row in rows)
-    return share(sum(row.asked for row in rows), weights), share(sum(row.zeros for row in rows), weights)
+    return share(sum(row.asked for row in rows), weights), share(sum(row.gone for row in rows), weights)
 
 
 def read(path: Path) -> Report:

@@ -13,9 +13,9 @@ from compressor.structure.family import (
     select,
 )
 from compressor.structure.graph import cross_check
-from compressor.structure.groups import Group, find_groups, unfuse, within
+from compressor.structure.groups import Group, consumers, find_groups, magnitudes, unfuse, within
 from compressor.structure.proof import Proof, shrink
-from compressor.structure.removal import keep, remove, zero
+from compressor.structure.removal import Snapshot, keep, remove, zero
 from compressor.structure.trace import Trace, trace
 
 __all__ = [
@@ -27,13 +27,16 @@ __all__ = [
     "Layer",
     "Neurons",
     "Proof",
+    "Snapshot",
     "Target",
     "Trace",
+    "consumers",
     "cross_check",
     "discover",
     "find_groups",
     "find_targets",
     "keep",
+    "magnitudes",
     "remove",
     "select",
     "shrink",

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.structure.family import BlockTable, Family, Heads, Neurons, Target, find_targets
 
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""diffusers' fused projections of an attention, and the separate ones that each stands for, in order of its rows."""
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -108,6 +115,25 @@ def within(groups: Iterable[Group], targets: Iterable[Target]) -> tuple[Group, .
     )
 
 
+def consumers(groups: Iterable[Group]) -> tuple[Target, ...]:
+    """The linears that read some groups, each once, in the order of the groups."""
+    found = {target.name: target for group in groups for target in group.consumers}
+    return tuple(found.values())
+
+
+@torch.no_grad()
+def magnitudes(group: Group) -> Tensor:
+    """The sum of |w| over all rows and columns that leave with each head or neuron; `count` numbers, float32."""
+    sums = torch.zeros(group.count, device=group.producers[0].module.weight.device)
+    for producer in group.producers:
+        rows = producer.module.weight.detach().abs().sum(1, dtype=torch.float32)
+        sums += rows.view(-1, group.count, group.width).sum((0, 2))  # values and gates, where there are both
+    for consumer in group.consumers:
+        columns = consumer.module.weight.detach().abs().sum(0, dtype=torch.float32)
+        sums += columns[group.start : group.start + group.count * group.width].view(group.count, group.width).sum(1)
+    return sums
+
+
 @torch.no_grad()
 def unfuse(module: nn.Module) -> tuple[str, ...]:
     """Undoes diffusers' `fuse_qkv_projections`, in place; the separate projections get the fused weights.
@@ -117,7 +143,7 @@ def unfuse(module: nn.Module) -> tuple[str, ...]:
     """
     fused = [(name, part) for name, part in module.named_modules() if getattr(part, "fused_projections", False)]
     for _, attention in fused:
-        for whole, parts in _FUSED.items():
+        for whole, parts in FUSED.items():
             if isinstance(linear := getattr(attention, whole, None), nn.Linear):
                 _split(linear, [attention.get_submodule(part) for part in parts])
                 delattr(attention, whole)
@@ -126,13 +152,6 @@ def unfuse(module: nn.Module) -> tuple[str, ...]:
         call: Any = module.unfuse_qkv_projections
         call()  # puts the processors back
     return tuple(name for name, _ in fused)
-
-
-_FUSED = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-}
 
 
 def _split(whole: nn.Linear, parts: list[nn.Module]) -> None:

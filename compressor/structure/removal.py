@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.structure.family import Heads
+from compressor.structure.family import Heads, Target
 from compressor.structure.groups import Group, place_of
 
 
@@ -67,6 +67,36 @@ def zero(group: Group, units: Tensor | Iterable[int]) -> None:
     for consumer in group.consumers:
         weight_OI = consumer.module.weight
         weight_OI.index_fill_(1, group.columns(consumer, chosen).to(weight_OI.device), 0)
+
+
+class Snapshot:
+    """Weights and biases of linears, to bring back after elements, heads or neurons were pruned.
+
+    Args:
+        targets: the linears; copied, on their device.
+        groups: heads and neurons of which some may leave.
+    """
+
+    def __init__(self, targets: Iterable[Target], groups: Iterable[Group] = ()) -> None:
+        self._groups = tuple(groups)
+        self._saved = [
+            (target.module, name, tensor.detach().clone())
+            for target in targets
+            for name, tensor in target.module.named_parameters()
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Brings everything back, attributes included; parameters whose shape has changed become new objects."""
+        for linear, name, tensor in self._saved:
+            now = getattr(linear, name)
+            if now.shape == tensor.shape:
+                now.copy_(tensor)
+            else:
+                setattr(linear, name, nn.Parameter(tensor.clone(), requires_grad=now.requires_grad))
+            linear.out_features, linear.in_features = linear.weight.shape
+        for group in self._groups:
+            set_attributes(group)
 
 
 def check(group: Group, units: Tensor | Iterable[int]) -> Tensor:

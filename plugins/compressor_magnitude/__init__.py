@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from compressor.plugin import Granularity, LayerResult, Pruner, check_sparsity
+from compressor.plugin import Elementwise, LayerResult, Pruner, check_sparsity
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Magnitude(Pruner):
     """Removes the smallest weights of every layer; needs no calibration and no time."""
 
     sparsity: float | None = Field(default=None, gt=0, lt=1, description="the share of each layer's weights to remove")
-    granularity: Annotated[Granularity, Choice("granularity")] = Field(
+    granularity: Annotated[Elementwise, Choice("granularity", Elementwise)] = Field(
         default="unstructured", validate_default=True, description="which weights stand or fall together"
     )
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compressor.plugin import Granularity, LayerResult, MomentKind, Pruner, Weighting, check_sparsity
+from compressor.plugin import (
+    Elementwise,
+    Granularity,
+    LayerResult,
+    MomentKind,
+    Pruner,
+    Removed,
+    Structured,
+    Weighting,
+    check_sparsity,
+)
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
     from compressor.calibration import Calibration
-    from compressor.structure import Component, Target
+    from compressor.structure import Component, Group, Target
 
 
 class OBSDiff(Pruner):
@@ -30,31 +40,59 @@ class OBSDiff(Pruner):
     damping: float = Field(
         default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
     )
-    block: int = Field(default=128, ge=1, description="columns updated at a time")
+    block: int = Field(default=128, ge=1, description="columns updated at a time; of single weights and N:M")
+    fusion: Literal["energy", "rank_fusion"] = Field(
+        default="energy",
+        description="how the two streams of a joint attention agree on heads: by errors relative to each stream's "
+        "energy, or by the paper's reciprocal ranks",
+    )
 
     @model_validator(mode="after")
-    def _check_sparsity(self) -> Any:
+    def _check_effects(self) -> Any:
         check_sparsity(self.granularity, self.sparsity)
+        structured = isinstance(self.granularity, Structured)
+        if structured and "block" in self.model_fields_set:
+            raise ValueError("block has no effect: heads and neurons are chosen one by one; leave it out")
+        if not structured and "fusion" in self.model_fields_set:
+            raise ValueError("fusion has no effect: only heads are shared by two streams; leave it out")
         return self
 
     def check(self, targets: Sequence[Target]) -> None:
         """Refuses layers whose shape does not fit the granularity."""
-        for target in targets:
-            self.granularity.check(target)
+        if isinstance(self.granularity, Elementwise):
+            for target in targets:
+                self.granularity.check(target)
 
     def zeros(self, target: Target) -> int:
-        """As many as the granularity says."""
-        return self.granularity.zeros(target.outputs, target.inputs, self.sparsity)
+        """As many as the granularity says; none where heads and neurons leave."""
+        if isinstance(self.granularity, Elementwise):
+            return self.granularity.zeros(target.outputs, target.inputs, self.sparsity)
+        return 0
 
     def holds(self, target: Target) -> bool:
         """Whether the zeros lie where the granularity wants them."""
-        return self.granularity.holds(target.module.weight)
+        return not isinstance(self.granularity, Elementwise) or self.granularity.holds(target.module.weight)
 
-    def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
+    def removals(self, component: Component) -> Mapping[Group, int]:
+        """As many as the granularity says."""
+        return self.granularity.removals(component) if isinstance(self.granularity, Structured) else {}
+
+    def shares(self) -> Mapping[str, float]:
+        """As given to the granularity."""
+        return self.granularity.shares() if isinstance(self.granularity, Structured) else {}
+
+    def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult | Removed]:
         """Package by package: gathers moments on the network as pruned so far, then solves the package's layers."""
+        from compressor.structure import consumers
+        from compressor_obs_diff.groups import prune_groups
         from compressor_obs_diff.layers import prune_package
 
         assert calibration is not None
-        for package in calibration.packages(component.targets, self.moments):
+        removals = self.removals(component)
+        layers = consumers(removals) or component.targets
+        for package in calibration.packages(layers, self.moments):
             moments = calibration.collect(package, self.moments, self.weighting)
-            yield from prune_package(self, package, moments)
+            if removals:
+                yield from prune_groups(self, removals, package, moments)
+            else:
+                yield from prune_package(self, package, moments)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from compressor.errors import CompressorError
-from compressor.plugin import Granularity
+from compressor.plugin import Elementwise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressor.structure import Target
 
 
-class Unstructured(Granularity):
+class Unstructured(Elementwise):
     """Single weights, wherever they are; `sparsity` says how many."""
 
     needs_sparsity: ClassVar[bool] = True
@@ -44,7 +44,7 @@ class Unstructured(Granularity):
         return lowest_per_row(score_OI, zeros // score_OI.shape[0])
 
 
-class NM(Granularity):
+class NM(Elementwise):
     """Keeps N of every M consecutive inputs of an output: 2 of 4 is what sparse tensor cores take."""
 
     needs_sparsity: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressor.plugin import LayerResult
+from compressor.plugin import Elementwise, LayerResult
 from compressor_obs_diff.solver import factorise, relative_error, sweep
 
 if TYPE_CHECKING:
@@ -21,10 +21,12 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
     """Prunes every layer of a package in place, freeing each group's moments when its layers are done.
 
     Args:
-        options: sparsity, granularity, damping and block.
+        options: sparsity, an elementwise granularity, damping and block.
         package: the layers, grouped by the input they share.
         moments: by group; emptied.
     """
+    granularity = options.granularity
+    assert isinstance(granularity, Elementwise)
     for group in package.groups:
         start = time.perf_counter()
         second_II = moments.pop(group.name).second_II
@@ -34,7 +36,7 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
         for target in group.targets:
             weight = target.module.weight
             old_OI = weight.detach().to(torch.float32, copy=True)
-            new_OI, _ = sweep(old_OI, factor.upper_II, options.granularity, options.sparsity, options.block)
+            new_OI, _ = sweep(old_OI, factor.upper_II, granularity, options.sparsity, options.block)
             weight.copy_(new_OI)
             now = time.perf_counter()
             yield LayerResult(

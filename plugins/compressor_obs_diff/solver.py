@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.plugin import Granularity
+from compressor.plugin import Elementwise
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
 
 
 def sweep(
-    weight_OI: Tensor, upper_II: Tensor, granularity: Granularity, sparsity: float | None, block: int
+    weight_OI: Tensor, upper_II: Tensor, granularity: Elementwise, sparsity: float | None, block: int
 ) -> tuple[Tensor, Tensor]:
     """Removes weights column by column, each time updating the columns to the right so as to keep the outputs.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from compressor.plugin import Granularity, LayerResult, MomentKind, Pruner, Weighting, check_sparsity
+from compressor.plugin import Elementwise, LayerResult, MomentKind, Pruner, Weighting, check_sparsity
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Wanda(Pruner):
     sparsity: float | None = Field(
         default=None, gt=0, lt=1, description="the share of each row's weights to remove, rounded down"
     )
-    granularity: Annotated[Granularity, Choice("granularity")] = Field(
+    granularity: Annotated[Elementwise, Choice("granularity", Elementwise)] = Field(
         default="unstructured", validate_default=True, description="which weights stand or fall together"
     )
     weighting: Annotated[Weighting, Choice("weighting")] = Field(
