@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -14,19 +14,17 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compressor import builtin, registry, shrunk
+from compressor import weights as weight_files
 from compressor.errors import CompressorError
 from compressor.recipe import Model
-from compressor.structure import Family, Target, find_targets
+from compressor.structure import Family, Target, find_targets, unfuse
 
 NETWORKS = ("transformer", "unet")
 WITH_T5 = ("StableDiffusion3Pipeline", "FluxPipeline")
 """Pipelines whose text is given by a T5 encoder too, at a length that the caller may choose."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Folder:
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's `config.json`."""
-        return _read_json(self.path / component / "config.json")
+        return weight_files.read_json(self.path / component / "config.json")
 
     @property
     def vae_factor(self) -> int:
@@ -69,7 +67,7 @@ class Folder:
             max_sequence_length: of the T5 encoder's part, as diffusers calls it; None for the pipeline's default.
         """
         tokenizer = self.path / "tokenizer" / "tokenizer_config.json"
-        clip = min(_read_json(tokenizer).get("model_max_length") or 77, 512) if tokenizer.is_file() else 77
+        clip = min(weight_files.read_json(tokenizer).get("model_max_length") or 77, 512) if tokenizer.is_file() else 77
         if self.family.name == "sd3":
             return clip + (max_sequence_length or 256)  # zeros where there is no T5
         return (max_sequence_length or 512) if self.family.name == "flux" else clip
@@ -149,6 +147,7 @@ class Pipeline:
         targets: every linear of the network that may be pruned.
         stored: for each model component, the dtype of each tensor in its files.
         dtype: the dtype it computes in.
+        warnings: what the user should know of how it was loaded.
     """
 
     pipe: Any
@@ -157,6 +156,7 @@ class Pipeline:
     targets: tuple[Target, ...]
     stored: dict[str, dict[str, torch.dtype]]
     dtype: torch.dtype
+    warnings: tuple[str, ...] = ()
 
     @property
     def component_name(self) -> str:
@@ -172,6 +172,13 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.module.parameters()).device
+
+    def example_inputs(self) -> Mapping[str, Any]:
+        """Random inputs of the network's forward, the same at every call: one sample of a small picture."""
+        side = min(self.folder.default_size // self.folder.vae_factor, 32)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return self.family.inputs(self.module, batch=1, height=side, width=side, sequence=self.folder.text_tokens())
 
 
 def open_folder(model: Model, *, weights: bool = True) -> Folder:
@@ -189,7 +196,7 @@ def open_folder(model: Model, *, weights: bool = True) -> Folder:
     index_file = path / "model_index.json"
     if not index_file.is_file():
         raise CompressorError(f"{path}: should be a diffusers folder with a model_index.json, found none")
-    index = _read_json(index_file)
+    index = weight_files.read_json(index_file)
     entries = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
     absent = tuple(name for name, entry in entries.items() if entry[1] is None)
     present = tuple(name for name in entries if name not in absent)
@@ -203,7 +210,9 @@ def open_folder(model: Model, *, weights: bool = True) -> Folder:
         raise CompressorError(f"{path}: the pipeline has no component '{network}'; it has {', '.join(present)}")
     family = _find_family(entries[network][1])
     folder = Folder(path, model.source, str(index.get("_class_name")), present, absent, network, family)
-    folder.config(network)
+    weight_files.refuse_quantised(path / network / "config.json", folder.config(network), network)
+    for name in present:
+        weight_files.check_lists(path / name)
     return folder
 
 
@@ -225,7 +234,7 @@ def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
         if not (folder.path / name).is_dir():
             raise CompressorError(f"{folder.path / name}: no such folder, though model_index.json lists this component")
     stored = {
-        name: _check_weights(folder.path / name, model.variant, needed=name == folder.network)
+        name: weight_files.check(folder.path / name, _files(folder, name, model.variant))
         for name in folder.components
         if _is_model(folder, name)
     }
@@ -247,8 +256,11 @@ def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
     except CompressorError:
         raise
     except Exception as error:  # whatever a folder of wrong values makes diffusers or transformers stumble over
-        raise CompressorError(f"{folder.path}: diffusers cannot load this pipeline: {_first_line(error)}") from error
+        raise CompressorError(
+            f"{folder.path}: diffusers cannot load this pipeline: {_first_line(error)}{_explain_quantised(folder)}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
+    unfused = _unfuse(getattr(pipe, folder.network), folder, model.variant, stored[folder.network])
     for name in stored:
         component = getattr(pipe, name).eval().requires_grad_(False)
         if missing := [key for key, tensor in component.state_dict().items() if tensor.is_meta]:
@@ -257,7 +269,7 @@ def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
             )
     pipe.to(target)
     module = getattr(pipe, folder.network)
-    return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype)
+    return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype, unfused)
 
 
 def pick_device(name: str) -> torch.device:
@@ -317,59 +329,45 @@ def _is_model(folder: Folder, name: str) -> bool:
     return (folder.path / name / "config.json").is_file()
 
 
+def _files(folder: Folder, name: str, variant: str | None) -> list[Path]:
+    """A component's files of weights; of the network's, none but the variant asked for will do."""
+    return weight_files.find(folder.path / name, variant, needed=name == folder.network)
+
+
 def _load_shrunk(folder: Folder, variant: str | None, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The network, if its config says that it is shrunk; else nothing, and diffusers loads it."""
-    path = folder.path / folder.network
-    network = shrunk.load(path, _find_weights(path, variant, needed=True), folder.family, dtype)
+    files = _files(folder, folder.network, variant)
+    network = shrunk.load(folder.path / folder.network, files, folder.family, dtype)
     return {} if network is None else {folder.network: network}
 
 
-def _find_weights(folder: Path, variant: str | None, *, needed: bool) -> list[Path]:
-    """A component's files of weights; the plain ones if it has none of the variant, unless they are `needed`."""
-    files = sorted(folder.glob("*.safetensors"))
-    marked = [f for f in files if variant and f".{variant}" in f.name]
-    plain = [f for f in files if re.fullmatch(r"[\w-]+\.safetensors", f.name)]
-    if needed and plain and variant and not marked:
-        raise CompressorError(
-            f"{folder}: holds no weights of variant '{variant}'; found {', '.join(f.name for f in plain)}"
-        )
-    files = marked or plain
-    if not files:
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES) if folder.is_dir() else []
-        if pickles:
-            raise CompressorError(
-                f"{folder}: refused: its weights are pickled ({', '.join(pickles)}), and unpickling runs whatever "
-                "code is in them; load it where you trust it and save it again with save_pretrained(..., "
-                "safe_serialization=True)"
-            )
-        raise CompressorError(f"{folder}: holds no weights; should hold a .safetensors file{_of_variant(variant)}")
-    return files
+def _unfuse(network: nn.Module, folder: Folder, variant: str | None, stored: dict[str, torch.dtype]) -> tuple[str, ...]:
+    """Takes fused projections apart, in the network and in `stored`; a warning that names their attentions."""
+    names = weight_files.fused(stored, network)
+    if names:
+        weight_files.unfuse_into(network, _files(folder, folder.network, variant), names)
+    for name in names:
+        del stored[name]
+    attentions = tuple(dict.fromkeys((*names.values(), *unfuse(network))))
+    if not attentions:
+        return ()
+    more = f" and {len(attentions) - 8} more" if len(attentions) > 8 else ""
+    return (
+        f"{folder.network}: the fused projections of {len(attentions)} attentions were taken apart, and count, "
+        f"whatever separate ones lie beside them: {', '.join(attentions[:8])}{more}",
+    )
 
 
-def _check_weights(folder: Path, variant: str | None, *, needed: bool) -> dict[str, torch.dtype]:
-    """Reads the headers of a component's weights; nothing is unpickled."""
-    files = _find_weights(folder, variant, needed=needed)
-    for index in sorted(folder.glob("*.safetensors.index*.json")):
-        _check_index(index)
-    dtypes: dict[str, torch.dtype] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                dtypes |= {
-                    key: _DTYPES.get(tensors.get_slice(key).get_dtype(), torch.float32)
-                    for key in tensors.keys()  # noqa: SIM118  (not a dict)
-                }
-        except (SafetensorError, OSError) as error:
-            raise CompressorError(f"{file}: truncated or damaged safetensors file: {error}") from None
-    return dtypes
-
-
-def _check_index(index: Path) -> None:
-    """Refuses a list of a component's files that names one of another kind, which diffusers would unpickle."""
-    files = _read_json(index).get("weight_map")
-    for name in files.values() if isinstance(files, dict) else ():
-        if not str(name).endswith(".safetensors"):
-            raise CompressorError(f"{index}: should list .safetensors files only, found {name}")
+def _explain_quantised(folder: Folder) -> str:
+    """What may be the reason that a pipeline cannot be loaded: components other than the network that are quantised."""
+    files = {name: folder.path / name / "config.json" for name in folder.components}
+    found = {
+        name: method
+        for name, file in files.items()
+        if file.is_file() and (method := weight_files.quantised_with(weight_files.read_json(file))) is not None
+    }
+    each = "; ".join(f"its {name} is quantised with {method}" for name, method in found.items())
+    return f"; {each}: install what that needs, or give it in full precision" if each else ""
 
 
 def _compute_dtype(asked: str, device: torch.device, stored: dict[str, torch.dtype]) -> torch.dtype:
@@ -378,22 +376,6 @@ def _compute_dtype(asked: str, device: torch.device, stored: dict[str, torch.dty
     if device.type == "cpu":
         return torch.float32
     return Counter(stored.values()).most_common(1)[0][0]
-
-
-def _of_variant(variant: str | None) -> str:
-    return f" of variant '{variant}'" if variant else ""
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CompressorError(f"{file}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CompressorError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CompressorError(f"{file}: should hold a JSON object, found {type(found).__name__}")
-    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -153,6 +153,8 @@ def prepare(
             seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device, folder)
+        for warning in pipeline.warnings:
+            progress.say(f"warning: {warning}")
         checkpoint.check_space(pipeline, output)
         entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family)
     with watch.phase("encode"):

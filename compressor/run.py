@@ -66,7 +66,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
         exports = _export(recipe, output, watch, progress)
         facts = replace(facts, exports=exports, times=dict(watch.seconds), peak_memory=measure.peak_memory())
         _tell(facts, pairs, output)
-    told = job.calibration.facts.warnings if job.calibration else []
+    told = {*pipeline.warnings, *(job.calibration.facts.warnings if job.calibration else [])}
     for warning in (text for text in facts.warnings if text not in told):
         progress.say(f"warning: {warning}")
     return output
@@ -136,7 +136,11 @@ def _facts(
         peak_memory=measure.peak_memory(),
         calibration=calibration,
         metrics=figures,
-        warnings=(*(job.calibration.facts.warnings if job.calibration else _explain_idle(recipe)), *notes),
+        warnings=(
+            *pipeline.warnings,
+            *(job.calibration.facts.warnings if job.calibration else _explain_idle(recipe)),
+            *notes,
+        ),
     )
 
 

@@ -125,18 +125,65 @@ def test_sd3s_last_block_has_no_text_output():
     assert not names & {f"transformer_blocks.1.{n}" for n in ("attn.to_add_out", "ff_context.net.2")}
 
 
-def test_a_layer_that_is_no_plain_linear_is_refused_by_name():
-    class Adapted(nn.Linear):
-        pass
+class Other(nn.Linear):
+    """A linear of another class."""
 
+
+class Adapted(nn.Module):
+    """As PEFT's `lora.Linear`: around a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(16, 16)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+
+class Packed(nn.Linear):
+    """As bitsandbytes' and GGUF's linears: whole numbers in place of weights."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        self.weight = nn.Parameter(torch.zeros(16, 8, dtype=torch.uint8), requires_grad=False)
+
+
+class Codes(Tensor):
+    """As torchao's weights: a tensor of another class in a plain linear."""
+
+
+def coded() -> nn.Linear:
+    layer = nn.Linear(16, 16)
+    layer.weight = nn.Parameter(torch.zeros(16, 16).as_subclass(Codes), requires_grad=False)
+    return layer
+
+
+QUANTISED = "it is quantised: prune the full-precision weights, and quantise the result afterwards"
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (
+            lambda: Other(16, 16),
+            f"{__name__}.Other; leave it out of the family's table, or put a plain one in its place",
+        ),
+        (
+            Adapted,
+            f"{__name__}.Adapted; an adapter is still attached: fuse it into the weights, with pipe.fuse_lora(), "
+            "and unload it",
+        ),
+        (Packed, f"{__name__}.Packed with a weight of Tensor in torch.uint8; {QUANTISED}"),
+        (coded, f"torch.nn.modules.linear.Linear with a weight of Codes in torch.float32; {QUANTISED}"),
+    ],
+)
+def test_a_layer_that_is_no_plain_linear_is_refused_by_name_with_advice(make, found):
     pipeline = tiny.load("sd3")
-    pipeline.module.get_submodule("transformer_blocks.0.attn").to_q = Adapted(16, 16)
+    pipeline.module.get_submodule("transformer_blocks.0.attn").to_q = make()
     with pytest.raises(CompressorError) as caught:
         find_targets(pipeline.module, pipeline.family)
-    assert str(caught.value) == (
-        f"transformer_blocks.0.attn.to_q: should be a plain torch.nn.Linear, found {__name__}.Adapted; merge adapters "
-        "and undo quantisation before pruning"
-    )
+    assert str(caught.value) == f"transformer_blocks.0.attn.to_q: should be a plain torch.nn.Linear, found {found}"
 
 
 def test_a_network_without_any_known_layer_is_refused():

@@ -15,6 +15,7 @@ FLOORS = (
     ("recipe",),
     ("prompts", "progress", "structure", "sparsity", "output"),
     ("shrunk",),
+    ("weights",),
     ("pipeline",),
     ("calibration", "checkpoint", "report"),
     ("pictures", "measure"),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from compressor import pipeline
 from compressor.errors import CompressorError
 from compressor.recipe import Model
+from compressor.structure.groups import FUSED
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIG = "transformer/config.json"
@@ -211,6 +212,150 @@ def test_weights_that_lack_a_tensor_are_named(m):
 def test_weights_of_another_shape_are_named(m):
     reweight(m / WEIGHTS, lambda tensors: tensors.update({"proj_out.weight": torch.zeros(3, 3)}))
     assert mistake().startswith("m: diffusers cannot load this pipeline: Cannot load because proj_out.weight expected")
+
+
+FUSE_IT = (
+    "fuse it into the weights where it was attached: pipe.fuse_lora(), pipe.unload_lora_weights(), "
+    "pipe.save_pretrained(FOLDER); and prune that folder"
+)
+
+
+def attach(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    """Renames and adds as `save_pretrained` does where a PEFT adapter is attached."""
+    for kind in ("weight", "bias"):
+        tensors[f"{layer}.base_layer.{kind}"] = tensors.pop(f"{layer}.{kind}")
+    rows, columns = tensors[f"{layer}.base_layer.weight"].shape
+    tensors[f"{layer}.lora_A.default_0.weight"] = torch.ones(4, columns)
+    tensors[f"{layer}.lora_B.default_0.weight"] = torch.zeros(rows, 4)
+
+
+@pytest.mark.parametrize(
+    ("file", "layer"),
+    [
+        (WEIGHTS, "transformer_blocks.0.attn.to_q"),
+        ("text_encoder/model.safetensors", "text_model.encoder.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_an_adapter_that_is_still_attached_is_refused_with_advice(m, file, layer):
+    prefix = "" if f"{layer}.weight" in load_file(m / file) else "text_model."
+    layer = layer.removeprefix(prefix)
+    reweight(m / file, lambda tensors: attach(tensors, layer))
+    assert mistake() == (
+        f"m/{file}: refused: a LoRA or another adapter is still attached, 4 of its tensors, first "
+        f"{layer}.base_layer.bias; {FUSE_IT}"
+    )
+
+
+def refusal() -> str:
+    """What `plan` says, which reads JSON files only."""
+    with pytest.raises(CompressorError) as caught:
+        pipeline.open_folder(Model(source="m"), weights=False)
+    return str(caught.value)
+
+
+def test_an_adapter_that_a_json_file_tells_of_is_refused_without_weights(m):
+    index = m / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.lora_B.default.weight": "part.safetensors"}}))
+    assert refusal() == (
+        f"{index}: refused: a LoRA or another adapter is still attached, 1 of its tensors, first "
+        f"a.lora_B.default.weight; {FUSE_IT}"
+    )
+    index.unlink()
+    (m / "text_encoder" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert refusal() == (
+        f"m/text_encoder/adapter_config.json: refused: a LORA adapter is attached to this component; {FUSE_IT}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "torchao"}, "torchao"),
+        ({"load_in_8bit": True}, "an unnamed method"),
+        ("nonsense", "an unnamed method"),
+    ],
+)
+def test_a_quantised_network_is_refused_with_advice(m, settings, method):
+    edit(m / CONFIG, quantization_config=settings)
+    assert refusal() == mistake()
+    assert mistake() == (
+        f"m/{CONFIG}: refused: the transformer is quantised with {method}, and pruning needs its full-precision "
+        "weights; prune those, and quantise the result afterwards"
+    )
+
+
+def test_a_quantised_text_encoder_that_does_not_load_is_named(m):
+    edit(m / "text_encoder" / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    found = mistake()
+    assert found.startswith("m: diffusers cannot load this pipeline: ")
+    assert found.endswith(
+        "; its text_encoder is quantised with bitsandbytes: install what that needs, or give it in full precision"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "attentions"),
+    [
+        ("sd3", ("transformer_blocks.0.attn", "transformer_blocks.1.attn")),
+        (
+            "flux",
+            ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"),
+        ),
+        (
+            "sd2",
+            tuple(
+                f"{place}.attentions.{i}.transformer_blocks.0.attn{n}"
+                for place, count in (("down_blocks.0", 1), ("up_blocks.1", 2), ("mid_block", 1))
+                for i in range(count)
+                for n in (1, 2)
+            ),
+        ),
+    ],
+)
+def test_fused_projections_count_and_are_told(kind, attentions, tmp_path):
+    """Tuned after fusing, the fused weights differ from the separate ones that lie beside them in the file."""
+    pipe = pipeline.load(Model(source=str(tiny.folder(kind))), "cpu").pipe
+    name = tiny.NETWORK[kind]
+    network = getattr(pipe, name)
+    network.fuse_qkv_projections()
+    for parameter_name, parameter in network.named_parameters():
+        if "qkv" in parameter_name or "to_kv" in parameter_name:
+            parameter.data += 0.25
+    pipe.save_pretrained(tmp_path / "fused")
+    loaded = pipeline.load(Model(source=str(tmp_path / "fused")), "cpu")
+    inputs = loaded.family.inputs(network, batch=1, height=8, width=8, sequence=5)
+    if kind != "sd3":  # whose fused processor knows no norm of queries and keys
+        torch.testing.assert_close(loaded.module(**inputs)[0], network(**inputs)[0])
+    for attention in attentions:
+        parts, wholes = loaded.module.get_submodule(attention), network.get_submodule(attention)
+        for whole, names in FUSED.items():
+            if hasattr(wholes, whole):
+                together = torch.cat([parts.get_submodule(name).get_parameter("weight") for name in names])
+                assert torch.equal(together, wholes.get_submodule(whole).weight)
+    assert set(loaded.stored[name]) == set(loaded.module.state_dict())
+    (warning,) = loaded.warnings
+    head, _, names = warning.partition(": the fused projections of ")
+    counted, _, names = names.partition(" attentions were taken apart, and count, whatever separate ones lie beside ")
+    assert (head, counted) == (name, str(len(attentions)))
+    assert set(names.removeprefix("them: ").split(", ")) == set(attentions)
+
+
+def test_many_fused_attentions_are_counted_and_the_first_ones_named(monkeypatch):
+    names = tuple(f"blocks.{i}.attn" for i in range(10))
+    monkeypatch.setattr(pipeline, "unfuse", lambda network: names)
+    assert tiny.load("sd3").warnings == (
+        "transformer: the fused projections of 10 attentions were taken apart, and count, whatever separate ones lie "
+        f"beside them: {', '.join(names[:8])} and 2 more",
+    )
+
+
+def test_fused_projections_of_another_shape_are_named(m):
+    name = "transformer_blocks.0.attn.to_qkv.weight"
+    reweight(m / WEIGHTS, lambda tensors: tensors.update({name: torch.zeros(5, 16)}))
+    assert mistake() == (
+        f"m/{WEIGHTS}: {name}: should have the shape [48, 16], as to_q, to_k, to_v together, found [5, 16]"
+    )
 
 
 class Evil:

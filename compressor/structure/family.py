@@ -200,13 +200,7 @@ def find_targets(module: nn.Module, family: Family) -> tuple[Target, ...]:
                 layer = modules.get(name)
                 if layer is None:
                     continue
-                if type(layer) is not nn.Linear:
-                    raise CompressorError(
-                        f"{name}: should be a plain torch.nn.Linear, found "
-                        f"{type(layer).__module__}.{type(layer).__name__}; "
-                        "merge adapters and undo quantisation before pruning"
-                    )
-                found.append(Target(name, layer, block, row))
+                found.append(Target(name, _plain(name, layer), block, row))
     if not found:
         raise CompressorError(f"family '{family.name}': none of its layers is in this {type(module).__name__}")
     return tuple(found)
@@ -237,6 +231,22 @@ def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple
     if not left:
         raise CompressorError(f"targets: exclude leaves none of the {len(chosen)} layers that include chose")
     return left
+
+
+def _plain(name: str, layer: nn.Module) -> nn.Linear:
+    """The layer, if it is a linear whose weight is there for the taking."""
+    weight = getattr(layer, "weight", None)
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if hasattr(layer, "base_layer") or "lora" in type(layer).__name__.lower():
+        advice = "an adapter is still attached: fuse it into the weights, with pipe.fuse_lora(), and unload it"
+    elif isinstance(weight, Tensor) and (type(weight.data) is not Tensor or not weight.is_floating_point()):
+        kind = f"{kind} with a weight of {type(weight.data).__name__} in {weight.dtype}"
+        advice = "it is quantised: prune the full-precision weights, and quantise the result afterwards"
+    elif type(layer) is not nn.Linear:
+        advice = "leave it out of the family's table, or put a plain one in its place"
+    else:
+        return layer
+    raise CompressorError(f"{name}: should be a plain torch.nn.Linear, found {kind}; {advice}")
 
 
 def _matches(pattern: str, target: Target) -> bool:
