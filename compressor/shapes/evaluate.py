@@ -27,6 +27,7 @@ def generate(
     guidance: float = GUIDANCE,
     seed: int = 0,
     batch: int = 64,
+    max_sequence_length: int | None = None,
 ) -> Tensor:
     """Makes one picture a caption; picture i has noise of its own, drawn on the CPU from `seed` and i.
 
@@ -37,17 +38,20 @@ def generate(
         guidance: Guidance scale; 1 is none.
         seed: Of the noise.
         batch: How many pictures to make at a time; changes the speed alone.
+        max_sequence_length: Of T5's part, for pipelines that have one; None for their default.
 
     Returns:
         N x 3 x H x W, float32 in [0, 1], on the CPU.
     """
     made = []
+    length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     for start in range(0, len(captions), batch):
         chunk = list(captions[start : start + batch])
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(chunk))]
         output = pipeline(
-            prompt=chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt"
-        )
+            prompt=chunk, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt",
+            height=scenes.SIDE, width=scenes.SIDE, **length,
+        )  # fmt: skip
         made.append(output.images.float().cpu())
     return torch.cat(made)
 

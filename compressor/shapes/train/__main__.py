@@ -1,4 +1,4 @@
-"""The training command: `python -m compressor.shapes.train --out FOLDER --minutes 20`, on one GPU."""
+"""The training command: `python -m compressor.shapes.train --family sd3 --out FOLDER --minutes 20`, on one GPU."""
 
 from __future__ import annotations
 
@@ -8,17 +8,35 @@ from pathlib import Path
 
 import click
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from transformers import CLIPTokenizer
 
-from compressor.shapes import captions, evaluate
+from compressor.shapes import captions, evaluate, judge
 from compressor.shapes.train import assemble, denoiser, stages
+from compressor.shapes.train.families import FAMILIES, Family
 from compressor.shapes.train.loop import Budget, Log, Rates
 
-STAGES = ("tokenizer", "vae", "judge", "denoiser", "evaluate")
+STAGES = ("tokenizer", "vae", "judge", "scenes", "denoiser", "evaluate")
 _SHARES = {"vae": 0.10, "judge": 0.04, "denoiser": 0.78}  # of the minutes; the rest draws, encodes and evaluates
+_SHIPPED = Path(judge.__file__).parent
 
 
 @click.command()
+@click.option("--family", "name", type=click.Choice(tuple(FAMILIES)), default="sd3", show_default=True, help="Which.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for everything.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of an earlier run to take tokenizer, autoencoder and judge from, instead of training them. "
+    "Default: what ships with the package, for every family but sd3.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to keep the encoded scenes in, for other runs with the same autoencoder.",
+)
 @click.option("--until", type=click.Choice(STAGES), default=STAGES[-1], show_default=True, help="Last stage to run.")
 @click.option("--minutes", type=click.FloatRange(min=0.01), default=16.5, show_default=True, help="Time for all.")
 @click.option("--steps", type=click.IntRange(min=1), help="Most steps of each stage, to try things out.")
@@ -63,9 +81,13 @@ _SHARES = {"vae": 0.10, "judge": 0.04, "denoiser": 0.78}  # of the minutes; the 
 @click.option(
     "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="Where to train."
 )
+@click.option("--eager", is_flag=True, help="Neither compile nor record steps: slow, but works on any GPU.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 def main(
+    name: str,
     out: Path,
+    source: Path | None,
+    cache: Path | None,
     until: str,
     minutes: float,
     steps: int | None,
@@ -76,12 +98,14 @@ def main(
     evaluated: int,
     guidances: tuple[float, ...],
     device: str,
+    eager: bool,
     resume: bool,
 ) -> None:
     """Trains tokenizer, autoencoder, judge, and the text encoders with the denoiser; saves and evaluates them.
 
     The folder then holds what this package ships: pipeline/, judge.safetensors, judge.json, hashes.json, quality.json,
-    and in work/ the checkpoints and log.jsonl. A stage that is complete is not trained again.
+    and in work/ the checkpoints and log.jsonl; for other families pipeline-FAMILY/, hashes.json, quality-FAMILY.json.
+    A stage that is complete is not trained again.
     """
     work = out / "work"
     if work.exists() and not resume:
@@ -91,42 +115,68 @@ def main(
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    log, where = Log(work / "log.jsonl"), torch.device(device)
-    plan = stages.Plan(pool=pool, fresh=min(pool, stages.Plan.fresh), scenes=scenes, batch=batch)
-    budgets = {
-        name: Budget(minutes * 60 * share, float("inf") if steps is None else steps) for name, share in _SHARES.items()
-    }
+    family, log, where = FAMILIES[name], Log(work / "log.jsonl"), torch.device(device)
+    plan = stages.Plan(pool=pool, fresh=min(pool, stages.Plan.fresh), scenes=scenes, batch=batch, compiled=not eager)
+    most = float("inf") if steps is None else steps
+    budgets = {stage: Budget(minutes * 60 * share, most) for stage, share in _SHARES.items()}
     torch.manual_seed(0)
-    tokenizer = stages.train_tokenizer(work / "tokenizer")
-    if until == "tokenizer":
+    if source is None and name != "sd3":
+        source = _SHIPPED
+    if source:
+        words, vae, judging = _take(source, where)
+        budgets["denoiser"] = Budget(minutes * 60 * sum(_SHARES.values()), most)
+    else:
+        words = work / "tokenizer"
+        stages.train_tokenizer(words)
+        if until == "tokenizer":
+            return
+        vae = stages.train_vae(where, plan, budgets["vae"], work / "vae.safetensors", log)
+        if until == "vae":
+            return
+        judging, accuracy = stages.train_judge(where, vae, plan, budgets["judge"], work / "judge.safetensors", log)
+        assemble.save_judge(judging, accuracy, out)
+        click.echo(json.dumps(accuracy))
+    if until in STAGES[: STAGES.index("scenes")]:
         return
-    vae = stages.train_vae(where, plan, budgets["vae"], work / "vae.safetensors", log)
-    if until == "vae":
-        return
-    judge, accuracy = stages.train_judge(where, vae, plan, budgets["judge"], work / "judge.safetensors", log)
-    click.echo(json.dumps(accuracy))
-    if until == "judge":
-        return
-    data = stages.cache_latents(where, vae, work / "tokenizer", plan)
+    data = stages.kept_latents(cache, where, vae, words, plan)
     click.echo(f"{len(data.latents)} scenes cached")
-    model = denoiser.build(tokenizer)
+    if until == "scenes":
+        return
+    tokenizer = CLIPTokenizer.from_pretrained(words)
+    model = family.build(tokenizer, vae)
     rates = Rates(rate, warmup=1000, average=0.999)
     denoiser.train(where, model, data, plan, budgets["denoiser"], work / "denoiser.safetensors", log, rates)
-    pipeline = assemble.pipeline(model, vae, tokenizer)
-    assemble.save(pipeline, judge, accuracy, out)
+    pipeline = family.assemble(model, vae, tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    assemble.save(pipeline, out / f"pipeline{family.suffix}")
+    assemble.write_hashes(out)
     if until == "denoiser":
         return
     del data
     pipeline.to(dtype=torch.float32 if where.type == "cpu" else torch.float16)
+    report = _evaluated(pipeline, judging, family, guidances, evaluated)
+    (out / f"quality{family.suffix}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _take(folder: Path, device: torch.device) -> tuple[Path, AutoencoderKL, judge.Judge]:
+    """The folder of the tokenizer, the autoencoder and the judge of an earlier run."""
+    vae = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae")
+    vae.to(device).requires_grad_(False)  # type: ignore[arg-type]
+    return folder / "pipeline" / "tokenizer", vae, judge.load(device, folder / "judge.safetensors")
+
+
+def _evaluated(
+    pipeline: DiffusionPipeline, judging: judge.Judge, family: Family, guidances: tuple[float, ...], count: int
+) -> dict[str, object]:
+    """The quality tables: of evaluation captions, and of calibration captions at each guidance scale."""
     scales = {}
     for guidance in guidances:
-        rows, _ = evaluate.quality(pipeline, judge, captions.calibration()[:evaluated], guidance=guidance)
+        rows, _ = evaluate.quality(pipeline, judging, captions.calibration()[:count], guidance=guidance)
         scales[guidance] = rows
         click.echo(f"calibration captions, guidance {guidance}\n{evaluate.as_text(rows)}")
-    rows, _ = evaluate.quality(pipeline, judge, captions.evaluation()[:evaluated])
-    click.echo(f"evaluation captions, guidance {evaluate.GUIDANCE}\n{evaluate.as_text(rows)}")
-    report = {"guidance": evaluate.GUIDANCE, "steps": evaluate.STEPS, "table": rows, "calibration_by_guidance": scales}
-    (out / "quality.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    rows, _ = evaluate.quality(pipeline, judging, captions.evaluation()[:count], guidance=family.guidance)
+    click.echo(f"evaluation captions, guidance {family.guidance}\n{evaluate.as_text(rows)}")
+    return {"guidance": family.guidance, "steps": evaluate.STEPS, "table": rows, "calibration_by_guidance": scales}
 
 
 if __name__ == "__main__":

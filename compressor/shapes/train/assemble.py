@@ -1,4 +1,4 @@
-"""Puts the trained networks together: a diffusers folder in half precision, the judge, and the hashes of weights."""
+"""Writes what was trained: a diffusers folder in half precision, the judge, and the hashes of weights."""
 
 from __future__ import annotations
 
@@ -7,56 +7,35 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers.models.attention_processor import JointAttnProcessor2_0
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer
 
-from compressor.shapes import networks
 from compressor.shapes.judge import Judge
-from compressor.shapes.train.conditioned import Conditioned
 
 
-def pipeline(model: Conditioned, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
-    """The parts as a pipeline; they are shared, not copied."""
-    assert isinstance(model.denoiser, SD3Transformer2DModel)
-    model.denoiser.set_attn_processor(JointAttnProcessor2_0())
-    assembled = StableDiffusion3Pipeline(
-        transformer=model.denoiser,
-        scheduler=networks.scheduler(),
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=model.text_encoder_2,
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,  # type: ignore[arg-type]
-        tokenizer_3=None,  # type: ignore[arg-type]
-    )
-    assembled.set_progress_bar_config(disable=True)
-    return assembled
-
-
-def save(
-    assembled: StableDiffusion3Pipeline, judge: Judge, accuracy: dict[str, dict[str, float]], folder: Path
-) -> None:
-    """Writes `pipeline/`, `judge.safetensors`, `judge.json`, `hashes.json`; converts the given pipeline to float16."""
-    assembled.to(dtype=torch.float16).save_pretrained(folder / "pipeline", safe_serialization=True)
-    for config in (folder / "pipeline").glob("text_encoder*/config.json"):
-        # Where no dtype is asked for, transformers takes this one and diffusers takes float32: they must agree.
-        settings = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+def save(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Writes a diffusers folder; converts the given pipeline to float16."""
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for config in folder.glob("*/*config.json"):
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # where a part was loaded from is nobody's business
+        if config.parent.name.startswith("text_encoder"):
+            settings["dtype"] = "float32"  # what transformers takes if none is asked for; diffusers takes float32 too
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def save_judge(judge: Judge, accuracy: dict[str, dict[str, float]], folder: Path) -> None:
+    """Writes `judge.safetensors` and `judge.json`."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in judge.state_dict().items()}
     save_file(weights, folder / "judge.safetensors")
     text = json.dumps({"accuracy_on_fresh_scenes": accuracy}, indent=2)
     (folder / "judge.json").write_text(text + "\n", encoding="utf-8")
-    write_hashes(folder)
 
 
 def write_hashes(folder: Path) -> None:
     """Writes `hashes.json`: the built-in pipelines by name, and the sha256 of every weights file by its path."""
-    files = [*sorted(folder.glob("pipeline*/**/*.safetensors")), folder / "judge.safetensors"]
+    files = [*sorted(folder.glob("pipeline*/**/*.safetensors")), *folder.glob("judge.safetensors")]
     pipelines = {path.name.replace("pipeline", "shapes"): path.name for path in sorted(folder.glob("pipeline*"))}
     sha256 = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     text = json.dumps({"pipelines": pipelines, "sha256": sha256}, indent=2)

@@ -1,42 +1,29 @@
-"""The denoiser stage: text encoders and denoiser trained end to end with the flow-matching loss on cached latents.
+"""The denoiser stage: text encoders and denoiser trained end to end on cached latents and their captions.
 
-Rectified flow (Esser et al., 2024): with noise level s, the network sees (1 - s) latent + s noise and predicts noise
-minus latent; s is drawn logit-normally. One caption in ten is emptied, for classifier-free guidance.
+One caption in ten is emptied, for classifier-free guidance.
 """
 
-# Shapes: B batch.
+# Shapes: B batch, L caption tokens.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPTokenizer
 
-from compressor.shapes import networks
-from compressor.shapes.train.conditioned import Conditioned
 from compressor.shapes.train.loop import Budget, Log, Rates, fit
 from compressor.shapes.train.stages import Latents, Plan
 
 EMPTIED = 0.1
 """The share of captions that are emptied."""
 
-_USUAL_ROWS, _FEWEST_ROWS, _MOST_ROWS = 256, 16, 512  # zero rows; diffusers' own default is the usual number
-
-
-def build(tokenizer: CLIPTokenizer) -> Conditioned:
-    """The untrained networks of this stage, always the same."""
-    torch.manual_seed(0)
-    network = networks.sd3()
-    return Conditioned(networks.text_encoder(tokenizer, 3), networks.text_encoder(tokenizer, 3), network)
-
 
 def train(
     device: torch.device,
-    model: Conditioned,
+    model: Any,
     data: Latents,
     plan: Plan,
     budget: Budget,
@@ -44,22 +31,19 @@ def train(
     log: Log,
     rates: Rates | None = None,
 ) -> None:
-    """Trains the model in place; see `loop.fit`."""
+    """Trains a family's networks in place; see `families.Family.build` and `loop.fit`."""
     model.to(device)
     on_gpu = device.type == "cuda"
-    predict = torch.compile(model) if on_gpu else model
+    predict = torch.compile(model) if plan.compiled and on_gpu else model
 
     def loss() -> Tensor:
-        latent, ids = draw(data, plan.batch)
-        noise = torch.randn_like(latent)
-        level = torch.randn(len(latent), device=device).sigmoid()
-        noisy = torch.lerp(latent, noise, level[:, None, None, None])
+        arguments, target = model.exercise(*draw(data, plan.batch))
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            velocity = predict(noisy, level * 1000, ids, log_rows(device))
-        return F.mse_loss(velocity.float(), noise - latent)
+            predicted = predict(*arguments)
+        return F.mse_loss(predicted.float(), target)
 
     rates = rates or Rates(1e-3, warmup=1000, average=0.999)
-    fit("denoiser", model, loss, budget=budget, rates=rates, checkpoint=checkpoint, log=log, graph=True)
+    fit("denoiser", model, loss, budget=budget, rates=rates, checkpoint=checkpoint, log=log, graph=plan.compiled)
 
 
 def draw(data: Latents, size: int) -> tuple[Tensor, Tensor]:
@@ -70,10 +54,3 @@ def draw(data: Latents, size: int) -> tuple[Tensor, Tensor]:
     ids = data.ids[index, wording]
     emptied = torch.rand(size, 1, device=device) < EMPTIED
     return data.latents[index].float(), torch.where(emptied, data.empty, ids).long()
-
-
-def log_rows(device: torch.device) -> Tensor:
-    """The logarithm of a random number of zero rows: the usual one half of the time, else anything near it."""
-    usual, spread = torch.rand(2, device=device).unbind()
-    low, high = math.log(_FEWEST_ROWS), math.log(_MOST_ROWS)
-    return torch.where(usual < 0.5, math.log(_USUAL_ROWS), low + (high - low) * spread)

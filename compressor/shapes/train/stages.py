@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -35,6 +37,7 @@ class Plan:
     scenes: int = 1_048_576  # scenes whose latents the denoiser is trained on
     wordings: int = 2  # captions a scene
     batch: int = 1024  # of the denoiser; the others take a quarter
+    compiled: bool = True  # on a GPU: compile the networks, and record a whole step
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,16 @@ class Latents:
     empty: Tensor  # L, int16: the ids of the empty caption
 
 
-def train_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Trains the tokenizer on captions and saves it."""
+def corpus() -> Iterator[str]:
+    """The captions that tokenizers are made of."""
     rng = random.Random(_TOKENIZER_SEED)
     rows = prompts.labels(scenes.sample(20_000, _TOKENIZER_SEED))
-    corpus = (captions.write(captions.forget(demand, rng), rng) for demand in captions.demands(rows))
-    tokenizer = networks.tokenizer(corpus)
+    return (captions.write(captions.forget(demand, rng), rng) for demand in captions.demands(rows))
+
+
+def train_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Trains the tokenizer on captions and saves it."""
+    tokenizer = networks.tokenizer(corpus())
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -71,7 +78,7 @@ def train_vae(device: torch.device, plan: Plan, budget: Budget, checkpoint: Path
         wrong = decoded - x
         return wrong.abs().mean() + wrong.square().mean() + _KL * divergence
 
-    compiled = torch.compile(objective) if device.type == "cuda" else objective
+    compiled = torch.compile(objective) if plan.compiled and device.type == "cuda" else objective
 
     def loss() -> Tensor:
         index = torch.randint(len(pictures), (size,), device=device)
@@ -80,7 +87,7 @@ def train_vae(device: torch.device, plan: Plan, budget: Budget, checkpoint: Path
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             return compiled(x, noise)
 
-    fit("vae", vae, loss, budget=budget, rates=Rates(1.5e-3), checkpoint=checkpoint, log=log, graph=True)
+    fit("vae", vae, loss, budget=budget, rates=Rates(1.5e-3), checkpoint=checkpoint, log=log, graph=plan.compiled)
     mean = torch.cat([encoded.float() for encoded in _encoded(vae, pictures[:8192])])
     vae.register_to_config(shift_factor=mean.mean().item(), scaling_factor=1 / mean.std().item())
     error = (_decoded(vae, pictures[:2048]).float() - pictures[:2048]) / 255
@@ -110,7 +117,7 @@ def train_judge(
         x = x + torch.randn_like(x) * 0.04 * torch.rand(size, 1, 1, 1, device=device)
         return judge.loss(net, x, {name: label[index] for name, label in labels.items()})
 
-    fit("judge", net, loss, budget=budget, rates=Rates(2e-3), checkpoint=checkpoint, log=log, graph=True)
+    fit("judge", net, loss, budget=budget, rates=Rates(2e-3), checkpoint=checkpoint, log=log, graph=plan.compiled)
     _settle(net, pictures)
     fresh = scenes.sample(plan.fresh, _FRESH_SEED)
     images = _drawn(fresh, device)
@@ -120,6 +127,19 @@ def train_judge(
     }
     log(stage="judge", accuracy=accuracy)
     return net, accuracy
+
+
+def kept_latents(file: Path | None, device: torch.device, vae: AutoencoderKL, tokenizer: Path, plan: Plan) -> Latents:
+    """What `cache_latents` gives, read from a safetensors file if that exists, else written to it."""
+    if file and file.exists():
+        return Latents(**load_file(file, device=str(device)))
+    data = cache_latents(device, vae, tokenizer, plan)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file({"latents": data.latents, "ids": data.ids, "empty": data.empty}, partial)
+        partial.replace(file)
+    return data
 
 
 def cache_latents(device: torch.device, vae: AutoencoderKL, tokenizer_folder: Path, plan: Plan) -> Latents:
@@ -142,7 +162,7 @@ def cache_latents(device: torch.device, vae: AutoencoderKL, tokenizer_folder: Pa
         ids = [_worded(batch) for batch in batches]
     empty = CLIPTokenizer.from_pretrained(tokenizer_folder)("", padding="max_length").input_ids
     return Latents(
-        torch.cat(latents),
+        torch.cat(latents).contiguous(),
         torch.from_numpy(np.concatenate(ids)).to(device),
         torch.tensor(empty, dtype=torch.int16, device=device),
     )

@@ -1,4 +1,4 @@
-"""What is trained together: both text encoders and the denoiser, fed exactly as `StableDiffusion3Pipeline` feeds them.
+"""Stable Diffusion 3: both text encoders and the denoiser, fed exactly as `StableDiffusion3Pipeline` feeds them.
 
 Without a T5 encoder the pipeline puts zero rows (256 of them by default) behind the caption's tokens. Equal tokens stay
 equal through every block, and R equal keys weigh as much as one key whose logit is raised by log R. So training carries
@@ -13,12 +13,43 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from compressor.shapes import networks
+from compressor.shapes.train import objectives, rows
+
+_USUAL_ROWS, _FEWEST_ROWS, _MOST_ROWS = 256, 16, 512  # zero rows; diffusers' own default is the usual number
 
 
-class Conditioned(nn.Module):
+def build(tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> SD3:
+    """The untrained networks, always the same."""
+    torch.manual_seed(0)
+    network = networks.sd3()
+    return SD3(networks.text_encoder(tokenizer, 3), networks.text_encoder(tokenizer, 3), network)
+
+
+def assemble(model: SD3, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
+    """The parts as a pipeline; they are shared, not copied."""
+    model.denoiser.set_attn_processor(JointAttnProcessor2_0())
+    return StableDiffusion3Pipeline(
+        transformer=model.denoiser,
+        scheduler=networks.scheduler(),
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,  # type: ignore[arg-type]
+        tokenizer_3=None,  # type: ignore[arg-type]
+    )
+
+
+class SD3(nn.Module):
     """Two text encoders and an SD3 transformer, as one module from token ids to predicted velocity."""
 
     def __init__(
@@ -49,11 +80,21 @@ class Conditioned(nn.Module):
             joint_attention_kwargs={"log_rows": log_rows}, return_dict=False,
         )[0]  # fmt: skip
 
+    def exercise(self, latent: Tensor, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Random arguments of `forward` for scaled latents and their captions, and what is then to be predicted."""
+        noisy, level, target = objectives.flow(latent)
+        return (noisy, level * 1000, ids, log_rows(latent.device)), target
+
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The caption features (B x L x D, without zero rows) and pooled features (B x P) of token ids (B x L)."""
         outputs = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return tokens, torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+
+def log_rows(device: torch.device) -> Tensor:
+    """The logarithm of a random number of zero rows."""
+    return rows.log_rows(device, _USUAL_ROWS, _FEWEST_ROWS, _MOST_ROWS)
 
 
 class _RaisedAttention:
