@@ -115,6 +115,25 @@ def within(groups: Iterable[Group], targets: Iterable[Target]) -> tuple[Group, .
     )
 
 
+def consumers(groups: Iterable[Group]) -> tuple[Target, ...]:
+    """The linears that read some groups, each once, in the order of the groups."""
+    found = {target.name: target for group in groups for target in group.consumers}
+    return tuple(found.values())
+
+
+@torch.no_grad()
+def magnitudes(group: Group) -> Tensor:
+    """The sum of |w| over all rows and columns that leave with each head or neuron; `count` numbers, float32."""
+    sums = torch.zeros(group.count, device=group.producers[0].module.weight.device)
+    for producer in group.producers:
+        rows = producer.module.weight.detach().abs().sum(1, dtype=torch.float32)
+        sums += rows.view(-1, group.count, group.width).sum((0, 2))  # values and gates, where there are both
+    for consumer in group.consumers:
+        columns = consumer.module.weight.detach().abs().sum(0, dtype=torch.float32)
+        sums += columns[group.start : group.start + group.count * group.width].view(group.count, group.width).sum(1)
+    return sums
+
+
 @torch.no_grad()
 def unfuse(module: nn.Module) -> tuple[str, ...]:
     """Undoes diffusers' `fuse_qkv_projections`, in place; the separate projections get the fused weights.
