@@ -124,7 +124,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ("obs_diff: {granularity: {n_m: {keep: 2}}}", ".obs_diff.granularity.n_m.of: is missing"),
         (
             "obs_diff: {sparsity: 0.5, granularity: 2:4}",
-            ".obs_diff.granularity: no granularity named '2:4'; installed: n_m, unstructured "
+            ".obs_diff.granularity: no granularity named '2:4'; installed: n_m, structured, unstructured "
             "(a plugin just added to a project shows up after `pip install -e .` is run again)",
         ),
         (
@@ -146,27 +146,27 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ("obs_diff: {sparsity: 0.5, dampng: 1}", ".obs_diff.dampng: unknown key; did you mean 'damping'?"),
         (
             "obs_diff: {sparsity: 0.5, xyz: 1}",
-            ".obs_diff.xyz: unknown key; known: sparsity, granularity, weighting, damping, block",
+            ".obs_diff.xyz: unknown key; known: sparsity, granularity, weighting, damping, block, fusion",
         ),
         ("magnitud: {sparsity: 0.5}", ": no pruner named 'magnitud'; did you mean 'magnitude'?"),
         (
             "nothing_like_it: {sparsity: 0.5}",
-            ": no pruner named 'nothing_like_it'; installed: magnitude, obs_diff, wanda "
+            ": no pruner named 'nothing_like_it'; installed: l1_norm, magnitude, obs_diff, wanda "
             "(a plugin just added to a project shows up after `pip install -e .` is run again)",
         ),
         (
             "{obs_diff: {sparsity: 0.5}, wanda: {sparsity: 0.5}}",
-            ": should name one pruner (magnitude, obs_diff, wanda), as `name` or `name: options`, "
+            ": should name one pruner (l1_norm, magnitude, obs_diff, wanda), as `name` or `name: options`, "
             "found 2 keys (obs_diff, wanda)",
         ),
         (
             "{}",
-            ": should name one pruner (magnitude, obs_diff, wanda), as `name` or `name: options`, "
+            ": should name one pruner (l1_norm, magnitude, obs_diff, wanda), as `name` or `name: options`, "
             "found an empty mapping",
         ),
         (
             "targets: {include: [query]}",
-            ": should name one pruner (magnitude, obs_diff, wanda), as `name` or `name: options`, "
+            ": should name one pruner (l1_norm, magnitude, obs_diff, wanda), as `name` or `name: options`, "
             "found an empty mapping",
         ),
         ("[obs_diff]", ": should be a mapping of options, found a list"),

@@ -51,9 +51,9 @@ class OBSDiff(Pruner):
     def _check_effects(self) -> Any:
         check_sparsity(self.granularity, self.sparsity)
         structured = isinstance(self.granularity, Structured)
-        if structured and "block" in self.model_fields_set:
+        if structured and self.block != type(self).model_fields["block"].default:
             raise ValueError("block has no effect: heads and neurons are chosen one by one; leave it out")
-        if not structured and "fusion" in self.model_fields_set:
+        if not structured and self.fusion != type(self).model_fields["fusion"].default:
             raise ValueError("fusion has no effect: only heads are shared by two streams; leave it out")
         return self
 

@@ -29,7 +29,7 @@ class HeadsAndNeurons(Structured):
     def _check_given(self) -> Any:
         if self.heads is None and self.neurons is None:
             raise ValueError("should have a share of heads, neurons or both to remove, such as 0.3; found neither")
-        if self.neurons is None and "multiple" in self.model_fields_set:
+        if self.neurons is None and self.multiple != type(self).model_fields["multiple"].default:
             raise ValueError("multiple has no effect: it is of neurons, and none are removed; heads leave as a whole")
         return self
 
