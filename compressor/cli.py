@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -247,6 +248,63 @@ def doctor() -> None:
 def schema() -> None:
     """Print a JSON Schema of recipes with the plugins installed here; editors complete from it."""
     click.echo(json.dumps(recipe.schema(), indent=2))
+
+
+@main.group()
+def bench() -> None:
+    """Time networks of known models' sizes here, with random weights."""
+
+
+@bench.command()
+@click.argument("models", metavar="MODEL...", nargs=-1)
+@click.option("--heads", default=0.3, show_default=True, help="Share of heads to remove.")
+@click.option("--neurons", default=0.3, show_default=True, help="Share of neurons to remove.")
+@click.option(
+    "--multiple",
+    "multiples",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(64, 1),
+    show_default=True,
+    help="Of the widths that are left; may be given several times, each is timed.",
+)
+@click.option("--keep-ends/--no-keep-ends", default=True, show_default=True, help="Keep first and last block whole.")
+@click.option("--size", default=1024, show_default=True, type=click.IntRange(16), help="Pixels, either way.")
+@click.option("--batch", default=2, show_default=True, type=click.IntRange(1), help="Samples of a forward.")
+@click.option("--layers", type=click.IntRange(1), help="Shorten each part of the network to so many.")
+@click.option("--runtime", type=click.Choice(["torch", "onnxruntime"]), default="torch", show_default=True)
+@click.option(
+    "--compile",
+    "extent",
+    type=click.Choice(["blocks", "network", "no"]),
+    help="What torch.compile takes as one piece, beside the eager forward; on a GPU blocks if not given, else no.",
+)
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="On a GPU float16 if not given, else float32.",
+)
+@click.option("--repeats", type=click.IntRange(1), help="Timed forwards; on a GPU 20 if not given, else 5.")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE.json", help="Every figure, row by row.")
+def shrunk(models: tuple[str, ...], output: Path | None, **options: Any) -> None:
+    """Time MODEL with heads and neurons removed against the dense network, both in turns.
+
+    MODEL is one of sd2.1, sdxl, sd3-medium, sd3.5-large and flux-dev.
+    """
+    from compressor.bench.models import find
+
+    for model in models:
+        find(model)
+    with _importing():
+        from compressor import quiet
+        from compressor.bench.settings import Settings
+        from compressor.bench.shrunk import run as time_all
+        from compressor.progress import Progress
+
+        quiet.silence_libraries()
+    click.echo(time_all(Settings(models, **options), Progress(), output), nl=False)
 
 
 @contextmanager
