@@ -108,7 +108,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _widths(plan: Plan, kind: str) -> str:
-    """`17, 16 of 24`: how many are kept of what was shrunk, the most frequent first."""
+    """`18 x 17, 4 x 16 of 24`: how many are kept of what was shrunk, the most frequent first."""
     names = [name for name in plan.kept if name.endswith(f".{kind}") and plan.kept[name] < plan.of[name]]
     if not names:
         return "all"
@@ -120,7 +120,8 @@ def _widths(plan: Plan, kind: str) -> str:
 
 
 def _most_frequent_first(counts: Iterable[int]) -> str:
-    return ", ".join(str(number) for number, _ in Counter(counts).most_common())
+    found = Counter(counts).most_common()
+    return ", ".join(f"{times} x {number}" if len(found) > 1 else str(number) for number, times in found)
 
 
 def _milliseconds(seconds: float) -> str:
