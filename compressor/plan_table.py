@@ -18,6 +18,9 @@ def as_json(plan: Plan) -> str:
         {
             "pruner": entry.pruner,
             "layers": [asdict(layer) for layer in entry.layers],
+            "groups": [asdict(group) for group in entry.groups],
+            "shares": entry.shares,
+            "whole": entry.whole,
             "packages": [
                 {"layers": [t.name for g in package.groups for t in g.targets], "moment_bytes": package.moment_bytes}
                 for package in entry.packages

@@ -123,6 +123,45 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ),
         ("obs_diff: {granularity: {n_m: {keep: 2}}}", ".obs_diff.granularity.n_m.of: is missing"),
         (
+            "wanda: {granularity: {structured: {heads: 0.3}}}",
+            ".wanda.granularity: this pruner cannot take granularity 'structured'; should be one of n_m, unstructured",
+        ),
+        (
+            "l1_norm: {granularity: unstructured}",
+            ".l1_norm.granularity: this pruner cannot take granularity 'unstructured'; should be one of structured",
+        ),
+        ("l1_norm", ".l1_norm.granularity: is missing"),
+        (
+            "obs_diff: {sparsity: 0.3, granularity: {structured: {heads: 0.3}}}",
+            ".obs_diff: sparsity has no effect: this granularity decides how much is removed; leave one of them out",
+        ),
+        (
+            "obs_diff: {block: 64, granularity: {structured: {heads: 0.3}}}",
+            ".obs_diff: block has no effect: heads and neurons are chosen one by one; leave it out",
+        ),
+        (
+            "obs_diff: {sparsity: 0.3, fusion: rank_fusion}",
+            ".obs_diff: fusion has no effect: only heads are shared by two streams; leave it out",
+        ),
+        (
+            "obs_diff: {granularity: {structured: {heads: 0.3}}, fusion: rank}",
+            ".obs_diff.fusion: should be 'energy' or 'rank_fusion', found 'rank'",
+        ),
+        (
+            "obs_diff: {granularity: structured}",
+            ".obs_diff.granularity.structured: should have a share of heads, neurons or both to remove, such as 0.3; "
+            "found neither",
+        ),
+        (
+            "obs_diff: {granularity: {structured: {heads: 0.3, multiple: 8}}}",
+            ".obs_diff.granularity.structured: multiple has no effect: it is of neurons, and none are removed; heads "
+            "leave as a whole",
+        ),
+        (
+            "obs_diff: {granularity: {structured: {heads: 30}}}",
+            ".obs_diff.granularity.structured.heads: should be less than 1, found 30",
+        ),
+        (
             "obs_diff: {sparsity: 0.5, granularity: 2:4}",
             ".obs_diff.granularity: no granularity named '2:4'; installed: n_m, structured, unstructured "
             "(a plugin just added to a project shows up after `pip install -e .` is run again)",
@@ -332,6 +371,8 @@ prune:
   - obs_diff: {sparsity: 0.5, weighting: {linear_increase: {low: 0.5}}, damping: 1e-3}
     targets: {include: [attention], exclude: ["re:add_.*"]}
   - wanda: {granularity: {n_m: {keep: 2, of: 4}}}
+  - obs_diff: {granularity: {structured: {heads: 0.3, keep_last: 0}}, fusion: rank_fusion}
+  - l1_norm: {granularity: {structured: {neurons: 0.3, multiple: 8}}}
 report: {prompts: [a, b], images: 2, metrics: [pairs]}
 export: [onnx]
 output: out

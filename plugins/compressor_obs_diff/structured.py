@@ -68,8 +68,8 @@ class HeadsAndNeurons(Structured):
             leaving = {group: group.count - count for group, count in zip(chosen, kept, strict=True)}
             if not any(leaving.values()):
                 raise CompressorError(
-                    f"structured: {kind} {ratio} comes to nothing: {chosen[0].name} has {chosen[0].count}, of which a "
-                    f"multiple of {multiple} is kept; ask for more, or leave {kind} out"
+                    f"structured: {kind} {ratio} comes to nothing: there are {sum(group.count for group in chosen)} in "
+                    f"{len(chosen)} groups, and they leave in steps of {multiple}; ask for more, or leave {kind} out"
                 )
             found |= leaving
         return {group: found[group] for group in groups if found.get(group)}
