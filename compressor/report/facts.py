@@ -87,6 +87,20 @@ class LayerRow:
         """The share of the weights before that left or are zero."""
         return share(self.gone, self.parameters)
 
+    @property
+    def before(self) -> tuple[int, int]:
+        """Rows and columns before anything left: an output or down projection loses columns, any other layer rows."""
+        if not self.removed:
+            return self.outputs, self.inputs
+        if self.role in ("output", "down"):
+            return self.outputs, self.parameters // self.outputs
+        return self.parameters // self.inputs, self.inputs
+
+    @property
+    def lost_rows(self) -> bool:
+        """Whether outputs left. What those that stayed compute is told by no error of this layer."""
+        return self.outputs < self.before[0]
+
 
 @dataclass(frozen=True)
 class GroupRow:
@@ -100,6 +114,7 @@ class GroupRow:
         before: how many there were.
         after: how many there are.
         removed: indices of those that left, ascending, as they were counted before.
+        asked: the share of its kind that the recipe's entry asked for; None if the pruner has no such option.
 
     """
 
@@ -110,6 +125,7 @@ class GroupRow:
     before: int
     after: int
     removed: tuple[int, ...]
+    asked: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""Heat maps of the layers: a row for each block, a column for each of its linears, a colour for the value."""
+"""Heat maps: a row for each block, a column for each of its linears or groups, a colour for the value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from compressor import units
-from compressor.report.facts import LayerRow
+from compressor.report.facts import GroupRow, LayerRow, share
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Paint:
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer: the text in the cell, what pointing at it shows, and its colours (None: nothing to colour)."""
+    """One layer or group: the text in the cell, what pointing at it shows, its colours (None: nothing to colour)."""
 
     text: str
     title: str
@@ -31,16 +31,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One linear of a block: its name inside the block, its role and its group."""
+    """One linear or group of a block: its name inside the block, its header, and that of the columns it stands with."""
 
     suffix: str
-    role: str
+    title: str
     group: str
 
 
 @dataclass(frozen=True)
 class Line:
-    """One block: its name, a short form of it, and a cell for each column (None: the block has no such layer)."""
+    """One block: its name, a short form of it, and a cell for each column (None: the block has none there)."""
 
     block: str
     label: str
@@ -94,13 +94,14 @@ _COOL = (
     ("#f1f7f6", "#cde7e2", "#93ccc6", "#4ea3a2", "#23706f", "#0c4144"),
     ("#1d282a", "#1d4245", "#226466", "#3a918c", "#7cc4b8", "#d3f0e6"),
 )
+_SHARES = Scale(*_COOL, lambda value: value)
 
 
 def error_map(rows: Sequence[LayerRow]) -> Map | None:
     """The relative error of each layer, on a logarithmic scale; None if no layer has one.
 
     The scale spans a factor of ten or more, so that layers which are nearly equal look nearly equal. A layer without an
-    error is a dash.
+    error is a dash, or the share of its weights that left if it lost rows.
     """
     errors = [row.error for row in rows if row.error is not None and math.isfinite(row.error) and row.error > 0]
     if not any(row.error is not None for row in rows):
@@ -111,58 +112,94 @@ def error_map(rows: Sequence[LayerRow]) -> Map | None:
 
     def cell(row: LayerRow) -> Cell:
         if row.error is None:
-            return Cell(units.DASH, f"{row.name}: no calibration error, {_zeros(row)}", None)
+            text, why = units.DASH, "no calibration error"
+            if row.lost_rows:
+                text = units.MINUS + units.percent(share(row.removed, row.parameters))
+                why = "no error of its own"
+            return Cell(text, f"{row.name}: {why}, {_gone(row)}", None)
         paint = scale.paint(row.error) if math.isfinite(row.error) else None
         return Cell(
-            units.number(row.error, 2), f"{row.name}: relative error {units.number(row.error)}, {_zeros(row)}", paint
+            units.number(row.error, 2), f"{row.name}: relative error {units.number(row.error)}, {_gone(row)}", paint
         )
 
     steps = [low * (high / low) ** (i / 4) for i in range(5)]
-    return Map(_tables(rows, cell), tuple((units.number(value, 2), scale.paint(value)) for value in steps))
+    return Map(_layers(rows, cell), tuple((units.number(value, 2), scale.paint(value)) for value in steps))
 
 
 def sparsity_map(rows: Sequence[LayerRow]) -> Map:
-    """The share of zeros in each layer, from 0 to 100 %."""
-    scale = Scale(*_COOL, lambda value: value)
+    """The share of each layer's weights that left or are zero, from 0 to 100 %."""
 
     def cell(row: LayerRow) -> Cell:
         return Cell(
-            units.percent(row.sparsity).removesuffix(" %"), f"{row.name}: {_zeros(row)}", scale.paint(row.sparsity)
+            units.percent(row.sparsity).removesuffix(" %"), f"{row.name}: {_gone(row)}", _SHARES.paint(row.sparsity)
         )
 
-    return Map(_tables(rows, cell), tuple((f"{25 * i} %", scale.paint(i / 4)) for i in range(5)))
+    return _share_map(_layers(rows, cell))
 
 
-def _zeros(row: LayerRow) -> str:
-    return f"{units.percent(row.sparsity)} zeros"
+def structure_map(groups: Sequence[GroupRow]) -> Map:
+    """What each attention and feed-forward kept, coloured by the share that left, from 0 to 100 %."""
+
+    def cell(group: GroupRow) -> Cell:
+        text = f"{group.after} of {group.before}"
+        title = f"{group.name}: {units.percent(_left(group))} of its {group.kind} removed"
+        if group.width > 1:
+            text += f" ({group.before * group.width} \N{RIGHTWARDS ARROW} {group.after * group.width})"
+            title += f", indices {', '.join(map(str, group.removed)) or 'none'}"
+        return Cell(text, title, _SHARES.paint(_left(group)))
+
+    def column(group: GroupRow) -> Column:
+        suffix = group.name.removeprefix(f"{group.block}.")
+        return Column(suffix, suffix.removesuffix(f".{group.kind}"), group.kind)
+
+    return _share_map(_tables((group.block, column(group), cell(group)) for group in groups))
 
 
-def _tables(rows: Sequence[LayerRow], cell: Callable[[LayerRow], Cell]) -> tuple[Table, ...]:
+def _share_map(tables: tuple[Table, ...]) -> Map:
+    return Map(tables, tuple((f"{25 * i} %", _SHARES.paint(i / 4)) for i in range(5)))
+
+
+def _left(group: GroupRow) -> float:
+    return share(group.before - group.after, group.before)
+
+
+def _gone(row: LayerRow) -> str:
+    zeros = f"{units.percent(share(row.zeros, row.parameters))} zeros"
+    if not row.removed:
+        return zeros
+    removed = f"{units.percent(share(row.removed, row.parameters))} of its weights removed"
+    return f"{removed}, {zeros}" if row.zeros else removed
+
+
+def _layers(rows: Sequence[LayerRow], cell: Callable[[LayerRow], Cell]) -> tuple[Table, ...]:
+    return _tables((row.block, _column(row), cell(row)) for row in rows)
+
+
+def _tables(entries: Iterable[tuple[str, Column, Cell]]) -> tuple[Table, ...]:
     """A table for each kind of block; blocks that share a column are of one kind, one after the other.
 
     A layer pruned twice shows what was done to it last.
     """
-    blocks: dict[str, dict[Column, LayerRow]] = {}
-    for row in rows:
-        blocks.setdefault(row.block, {})[_column(row)] = row
-    kinds: list[dict[str, dict[Column, LayerRow]]] = []
-    for block, layers in blocks.items():
-        kind = next((kind for kind in kinds if any(layers.keys() & other.keys() for other in kind.values())), None)
+    blocks: dict[str, dict[Column, Cell]] = {}
+    for block, column, cell in entries:
+        blocks.setdefault(block, {})[column] = cell
+    kinds: list[dict[str, dict[Column, Cell]]] = []
+    for block, cells in blocks.items():
+        kind = next((kind for kind in kinds if any(cells.keys() & other.keys() for other in kind.values())), None)
         if kind is None:
             kinds.append(kind := {})
-        kind[block] = layers
-    return tuple(_table(kind, cell) for kind in kinds)
+        kind[block] = cells
+    return tuple(_table(kind) for kind in kinds)
 
 
-def _table(blocks: dict[str, dict[Column, LayerRow]], cell: Callable[[LayerRow], Cell]) -> Table:
+def _table(blocks: dict[str, dict[Column, Cell]]) -> Table:
     groups: dict[str, dict[Column, None]] = {}
-    for layers in blocks.values():
-        for column in layers:
+    for cells in blocks.values():
+        for column in cells:
             groups.setdefault(column.group, {})[column] = None
     columns = tuple(column for group in groups.values() for column in group)
     lines = (
-        Line(block, _label(block), tuple(cell(layers[column]) if column in layers else None for column in columns))
-        for block, layers in blocks.items()
+        Line(block, _label(block), tuple(cells.get(column) for column in columns)) for block, cells in blocks.items()
     )
     return Table(tuple((name, len(group)) for name, group in groups.items()), columns, tuple(lines))
 

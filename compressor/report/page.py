@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from compressor import units
 from compressor.plugin import Samples
 from compressor.report import heat, images
-from compressor.report.facts import LayerRow, Report, Sizes, share, sparsity
+from compressor.report.facts import GroupRow, LayerRow, ProofFacts, Report, Size, Sizes, Structure, share, sparsity
 from compressor.report.pairs import psnr_of
 
 SHOWN = 24
@@ -43,12 +43,15 @@ def render(report: Report, samples: Samples | None) -> str:
         "duration": units.duration,
     }
     environment.filters["number"] = units.number
+    fate, left = _fate(report), _left(report.structure) if report.structure else None
     return environment.get_template("page.html.j2").render(
         report=report,
+        fate=fate,
+        structure=left,
         pruners=_pruners(report.layers),
-        tiles=tuple(_tiles(report)),
-        gain=_gain(report.sizes),
-        sizes=tuple(_sizes(report.sizes)),
+        tiles=tuple(_tiles(report, fate, left)),
+        gain=_gain(report, fate),
+        sizes=tuple(_sizes(report.sizes, fate)),
         pairs=_pairs(samples) if samples else (),
         drawn=len(samples.prompts) if samples else 0,
         figures=(figures := _figures(report.metrics)),
@@ -56,6 +59,9 @@ def render(report: Report, samples: Samples | None) -> str:
         errors=heat.error_map(report.layers),
         zeros=heat.sparsity_map(report.layers),
         uniform=_uniform(report.layers),
+        shapes=tuple(_shape(layer) for layer in report.layers),
+        counted=fate.zeros or any(layer.zeros for layer in report.layers),
+        rows_only=any(layer.error is None and layer.lost_rows for layer in report.layers),
         times=_times(report.times),
         memory=tuple(_memory(report.peak_memory)),
         exports=[(export, tuple(_flat(export.checks))) for export in report.exports],
@@ -71,6 +77,53 @@ class Tile:
     label: str
     value: str
     note: str
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of the weights: whether some left the network, and whether some were to become zero."""
+
+    removed: bool
+    zeros: bool
+
+    @property
+    def word(self) -> str:
+        """What a weight that is no longer of use is called."""
+        return "gone or zero" if self.removed and self.zeros else "gone" if self.removed else "zero"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table of what left: heads or neurons, in how many places, how many, and which share of them."""
+
+    name: str
+    places: str
+    before: str
+    after: str
+    reached: str
+    asked: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """What left the network: by kind, by block, and the sentence that says that nothing else changed.
+
+    Attributes:
+        kinds: heads first.
+        asked: whether any share asked for is known.
+        wide: whether there are widths to tell apart from the number of heads.
+        map: by block.
+        proof: a sentence; empty without one.
+        overrides: of torch-pruning's dependency graph.
+
+    """
+
+    kinds: tuple[Kind, ...]
+    asked: bool
+    wide: bool
+    map: heat.Map
+    proof: str
+    overrides: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -135,22 +188,97 @@ def _pruners(layers: tuple[LayerRow, ...]) -> tuple[dict[str, Any], ...]:
     for name in dict.fromkeys(layer.pruner for layer in layers):
         own = tuple(layer for layer in layers if layer.pruner == name)
         weights = sum(layer.parameters for layer in own)
-        asked, found = sparsity(own)
-        rows.append({"name": name, "layers": len(own), "parameters": weights, "asked": asked, "found": found})
+        removed = sum(layer.removed for layer in own)
+        shares = {
+            "removed": share(removed, weights),
+            "asked": share(sum(layer.asked for layer in own) - removed, weights),
+            "zeros": share(sum(layer.zeros for layer in own), weights),
+        }
+        rows.append({"name": name, "layers": len(own), "parameters": weights, **shares})
     return tuple(rows)
 
 
-def _tiles(report: Report) -> Iterator[Tile]:
+def _fate(report: Report) -> Fate:
+    removed = report.structure is not None
+    return Fate(removed, not removed or any(layer.asked > layer.removed for layer in report.layers))
+
+
+def _left(structure: Structure) -> Left:
+    by_kind = {kind: [g for g in structure.groups if g.kind == kind] for kind in _kinds(structure)}
+    return Left(
+        kinds=tuple(_kind(name, groups) for name, groups in by_kind.items()),
+        asked=any(group.asked is not None for group in structure.groups),
+        wide=any(group.width > 1 for group in structure.groups),
+        map=heat.structure_map(structure.groups),
+        proof=_proof(structure.proofs),
+        overrides=structure.overrides,
+    )
+
+
+def _kinds(structure: Structure) -> tuple[str, ...]:
+    return tuple(sorted({group.kind for group in structure.groups}))
+
+
+def _kind(name: str, groups: Sequence[GroupRow]) -> Kind:
+    before, after = sum(group.before for group in groups), sum(group.after for group in groups)
+    asked = _asked(groups)
+    return Kind(
+        name,
+        units.several(len(groups), {"heads": "attention", "neurons": "feed-forward"}.get(name, "group")),
+        units.count(before),
+        units.count(after),
+        units.percent(1 - share(after, before)),
+        units.DASH if asked is None else units.percent(asked),
+    )
+
+
+def _asked(groups: Sequence[GroupRow]) -> float | None:
+    """The share that was asked for, over all groups; None if that of any is unknown."""
+    asked = [group.before * group.asked for group in groups if group.asked is not None]
+    return share(sum(asked), sum(group.before for group in groups)) if len(asked) == len(groups) else None
+
+
+def _proof(proofs: Sequence[ProofFacts]) -> str:
+    """The worst of all proofs, in a sentence."""
+    if not proofs:
+        return ""
+    layer = max(proofs, key=lambda proof: proof.layer_error / proof.layer_tolerance)
+    network = max(proofs, key=lambda proof: proof.network_error / proof.network_tolerance)
+    return (
+        "Proof that nothing else changed: given the same inputs, every layer and block computes without what left what "
+        "it computed with the columns that read it set to zero. The worst of them is off by "
+        f"{_off(layer.layer_error, layer.layer_tolerance)} of its output's norm, the whole network by "
+        f"{_off(network.network_error, network.network_tolerance)}."
+    )
+
+
+def _off(error: float, tolerance: float) -> str:
+    return f"{units.number(error, 2)} (tolerated: {units.number(tolerance, 1)})"
+
+
+def _tiles(report: Report, fate: Fate, left: Left | None) -> Iterator[Tile]:
     asked, found = sparsity(report.layers)
     before, after = report.sizes.before, report.sizes.after
-    whole = 1 - share(after.nonzero, after.parameters)
-    yield Tile("Zeros in the pruned layers", units.percent(found), f"asked for {units.percent(asked)}")
-    yield Tile(
-        f"Zeros in the whole {report.model.component}",
-        units.percent(whole),
-        f"before: {units.percent(1 - share(before.nonzero, before.parameters))}",
-    )
-    yield Tile("Non-zero parameters", units.count(after.nonzero), f"before: {units.count(before.nonzero)}")
+    nonzero = Tile("Non-zero parameters", units.count(after.nonzero), f"before: {units.count(before.nonzero)}")
+    if left is None:
+        whole = 1 - share(after.nonzero, after.parameters)
+        yield Tile("Zeros in the pruned layers", units.percent(found), f"asked for {units.percent(asked)}")
+        yield Tile(
+            f"Zeros in the whole {report.model.component}",
+            units.percent(whole),
+            f"before: {units.percent(1 - share(before.nonzero, before.parameters))}",
+        )
+        yield nonzero
+    else:
+        note = "; ".join(_reached(kind) for kind in left.kinds)
+        if fate.zeros:
+            removed = share(sum(row.removed for row in report.layers), sum(row.parameters for row in report.layers))
+            note = f"{units.percent(removed)} gone, {units.percent(found - removed)} zero"
+        yield Tile(f"Weights {fate.word} in the pruned layers", units.percent(found), note)
+        yield Tile(f"Parameters of the {report.model.component}", *_shrunk(before.parameters, after.parameters))
+        yield Tile("Multiply-adds of one forward", *_shrunk(before.operations, after.operations))
+        if fate.zeros:
+            yield nonzero
     if "psnr" in (pairs := report.metrics.get("pairs", {})):
         value = units.measured(pairs["psnr"], pairs.get("psnr_se"), "dB")
         yield Tile("PSNR, pruned against dense", value, f"mean of {_images(pairs)}")
@@ -164,39 +292,54 @@ def _tiles(report: Report) -> Iterator[Tile]:
             yield Tile(f"Images all right, {words}", value, f"dense: {was}")
 
 
-def _gain(sizes: Sizes) -> str:
-    """What the zeros buy and what they do not, without embellishment."""
-    before, after = sizes.before, sizes.after
-    zeros = after.parameters - after.nonzero
+def _reached(kind: Kind) -> str:
+    return f"{kind.name} {kind.reached}" + ("" if kind.asked == units.DASH else f", asked for {kind.asked}")
+
+
+def _shrunk(before: int, after: int) -> tuple[str, str]:
+    return units.count(after), f"before: {units.count(before)} ({units.change(before, after)})"
+
+
+def _gain(report: Report, fate: Fate) -> tuple[str, ...]:
+    """What the removal and the zeros buy and what they do not, without embellishment: a paragraph for each."""
+    before, after = report.sizes.before, report.sizes.after
     stored = f"{units.size(before.bytes)} on disk before, {units.size(after.bytes)} after"
-    removed = before.parameters - after.parameters
     parts = []
-    if removed:
+    if report.structure is not None:
         parts.append(
-            f"{units.count(removed)} of {units.count(before.parameters)} parameters are gone for good: "
-            f"the matrices are smaller, and any runtime gains from that ({stored})."
+            f"{units.count(before.parameters - after.parameters)} of {units.count(before.parameters)} parameters left "
+            f"with {' and '.join(_kinds(report.structure))}. The matrices are smaller, so that the files are smaller "
+            f"({stored}) and every runtime has fewer operations to do, without kernels for sparse weights. The "
+            "operations are counted, not timed: how much faster they are done depends on the device and on the widths "
+            "that are left."
         )
-    parts.append(
-        f"{units.count(zeros)} of {units.count(after.parameters)} parameters are zero. Zeros are stored like any other "
-        f"number, so they make neither the files smaller{'' if removed else f' ({stored})'} nor dense kernels faster. "
-        "They pay off only where something skips them: kernels for sparse weights, such as those of NVIDIA GPUs for "
-        "2:4 patterns, or a file format that packs them. The operations on non-zero weights below are what such "
-        "kernels could reach at best; they are counted, not timed."
+    if fate.zeros:
+        parts.append(_gain_of_zeros(after, "" if fate.removed else f" ({stored})"))
+    return tuple(parts)
+
+
+def _gain_of_zeros(after: Size, stored: str) -> str:
+    return (
+        f"{units.count(after.parameters - after.nonzero)} of {units.count(after.parameters)} parameters are zero. "
+        f"Zeros are stored like any other number, so they make neither the files smaller{stored} nor dense kernels "
+        "faster. They pay off only where something skips them: kernels for sparse weights, such as those of NVIDIA "
+        "GPUs for 2:4 patterns, or a file format that packs them. The operations on non-zero weights below are what "
+        "such kernels could reach at best; they are counted, not timed."
     )
-    return " ".join(parts)
 
 
-def _sizes(sizes: Sizes) -> Iterator[tuple[str, str, str, str]]:
+def _sizes(sizes: Sizes, fate: Fate) -> Iterator[tuple[str, str, str, str]]:
     before, after = sizes.before, sizes.after
-    for label, name, write in (
-        ("Parameters", "parameters", units.count),
-        ("Non-zero parameters", "nonzero", units.count),
-        ("Multiply-adds of one forward, dense", "operations", units.count),
-        ("Multiply-adds on non-zero weights only", "nonzero_operations", units.count),
-        ("Bytes on disk", "bytes", units.size),
+    for label, name, write, shown in (
+        ("Parameters", "parameters", units.count, True),
+        ("Non-zero parameters", "nonzero", units.count, fate.zeros),
+        ("Multiply-adds of one forward" + (", dense" if fate.zeros else ""), "operations", units.count, True),
+        ("Multiply-adds on non-zero weights only", "nonzero_operations", units.count, fate.zeros),
+        ("Bytes on disk", "bytes", units.size, True),
     ):
-        a, b = getattr(before, name), getattr(after, name)
-        yield label, write(a), write(b), units.change(a, b)
+        if shown:
+            a, b = getattr(before, name), getattr(after, name)
+            yield label, write(a), write(b), units.change(a, b)
 
 
 def _pairs(samples: Samples) -> tuple[Pair, ...]:
@@ -250,9 +393,16 @@ def _images(figures: dict[str, float]) -> str:
 
 
 def _uniform(layers: tuple[LayerRow, ...]) -> str:
-    """The share of zeros of every layer, if it is the same to a tenth of a percent in all."""
+    """The share of weights gone or zero of every layer, if it is the same to a tenth of a percent in all."""
     shares = {units.percent(layer.sparsity) for layer in layers}
     return shares.pop() if len(shares) == 1 else ""
+
+
+def _shape(layer: LayerRow) -> str:
+    """Outputs and inputs, before and after if they changed."""
+    before, after = (f"{rows} \N{MULTIPLICATION SIGN} {columns}" for rows, columns in
+                     (layer.before, (layer.outputs, layer.inputs)))  # fmt: skip
+    return after if before == after else f"{before} \N{RIGHTWARDS ARROW} {after}"
 
 
 def _times(times: dict[str, float]) -> list[tuple[str, str, float]]:

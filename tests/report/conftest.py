@@ -9,11 +9,14 @@ from compressor.plugin import Samples
 from compressor.report import (
     CalibrationFacts,
     ExportFacts,
+    GroupRow,
     LayerRow,
     ModelFacts,
+    ProofFacts,
     Report,
     Size,
     Sizes,
+    Structure,
 )
 
 SUFFIXES = (
@@ -62,6 +65,35 @@ def make_rows(blocks: int) -> tuple[LayerRow, ...]:
     )
 
 
+def make_group(index: int = 0, part: str = "attn", kind: str = "heads", **changes) -> GroupRow:
+    """Four of six heads that are 32 wide are left."""
+    name = f"transformer_blocks.{index}"
+    row = GroupRow(f"{name}.{part}.{kind}", name, kind, width=32, before=6, after=4, removed=(1, 4), asked=0.3)
+    return dataclasses.replace(row, **changes)
+
+
+def make_neurons(index: int = 0, part: str = "ff", **changes) -> GroupRow:
+    """512 of 768 neurons are left."""
+    numbers = {"width": 1, "before": 768, "after": 512, "removed": tuple(range(256))}
+    return make_group(index, part, "neurons", **(numbers | changes))
+
+
+def make_shrunk_rows(index: int = 0) -> tuple[LayerRow, ...]:
+    """Linears of one block that lost two of its six heads and 256 of its 768 neurons; 192 is the width outside."""
+    name = f"transformer_blocks.{index}"
+    calibrated = {"error": 0.05, "damping": 0.01, "seconds": 0.3}
+    plain = {"error": None, "damping": None, "seconds": 0.0}
+    heads = {"block": name, "parameters": 36864, "removed": 12288, "asked": 12288, "zeros": 0}
+    neurons = {"block": name, "parameters": 147456, "removed": 49152, "asked": 49152, "zeros": 0}
+    neurons["part"] = "feed_forward"
+    return (
+        make_row(f"{name}.attn.to_q", outputs=128, inputs=192, **heads, **plain),
+        make_row(f"{name}.attn.to_out.0", role="output", outputs=192, inputs=128, **heads, **calibrated),
+        make_row(f"{name}.ff.net.0.proj", role="up", outputs=512, inputs=192, **neurons, **plain),
+        make_row(f"{name}.ff.net.2", role="down", outputs=192, inputs=512, **neurons, **calibrated),
+    )
+
+
 @pytest.fixture
 def report() -> Report:
     size = Size(parameters=10_000, nonzero=10_000, operations=800_000, nonzero_operations=800_000, bytes=20_000)
@@ -82,6 +114,30 @@ def report() -> Report:
         metrics={"pairs": {"psnr": 31.234, "psnr_se": 0.5, "images": 4.0}},
         exports=(ExportFacts("onnx", {"onnx/transformer.onnx": 18_400_000}, checks, 2.5),),
         warnings=("the calibration has few tokens",),
+    )
+
+
+@pytest.fixture
+def shrunk(report: Report) -> Report:
+    """A run that took out heads and neurons of two blocks, and made no zeros."""
+    before = dataclasses.replace(report.sizes.before, nonzero=9_999)
+    after = Size(parameters=8_000, nonzero=7_999, operations=600_000, nonzero_operations=600_000, bytes=16_000)
+    groups = tuple(group for b in (1, 2) for group in (make_neurons(b), make_group(b)))
+    return dataclasses.replace(
+        report,
+        layers=tuple(row for b in (1, 2) for row in make_shrunk_rows(b)),
+        sizes=Sizes(before, after),
+        structure=Structure(groups, (), (ProofFacts(1.5e-7, 1e-4, 2.2e-3, 1e-2),)),
+    )
+
+
+@pytest.fixture
+def mixed(shrunk: Report) -> Report:
+    """The same, and another pruner made half of the weights of another layer zero."""
+    row = make_row("transformer_blocks.3.attn.to_q", block="transformer_blocks.3", pruner="wanda")
+    after = dataclasses.replace(shrunk.sizes.after, nonzero=5_000, nonzero_operations=400_000)
+    return dataclasses.replace(
+        shrunk, layers=(*shrunk.layers, row), sizes=dataclasses.replace(shrunk.sizes, after=after)
     )
 
 

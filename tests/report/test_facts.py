@@ -7,12 +7,32 @@ from compressor.errors import CompressorError
 from compressor.report import Report, read, write
 from compressor.report.facts import sparsity
 
-from .conftest import make_row
+from .conftest import make_row, make_shrunk_rows
 
 
 def test_a_report_comes_back_from_its_json_as_it_was(report: Report, tmp_path):
     write(report, None, tmp_path)
     assert read(tmp_path / "report.json") == report
+
+
+def test_what_left_comes_back_from_the_json_too(mixed: Report, tmp_path):
+    write(mixed, None, tmp_path)
+    assert read(tmp_path / "report.json") == mixed
+
+
+def test_a_layer_that_lost_rows_or_columns_knows_its_shape_before():
+    rows = make_shrunk_rows()
+    assert [row.before for row in rows] == [(192, 192), (192, 192), (768, 192), (192, 768)]
+    assert [row.lost_rows for row in rows] == [True, False, True, False]
+    assert make_row().before == (50, 20)
+    assert not make_row().lost_rows
+
+
+def test_weights_that_left_and_zeros_among_the_rest_are_gone():
+    row = make_row(removed=250, asked=500, zeros=150)
+    assert row.gone == 400
+    assert row.sparsity == 0.4
+    assert sparsity([row]) == (0.5, 0.4)
 
 
 def test_the_json_has_the_order_of_the_fields_and_never_changes(report: Report):

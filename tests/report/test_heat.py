@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 
-from compressor.report.heat import Cell, Map, _blend, _text_on, error_map, sparsity_map
+from compressor import units
+from compressor.report.heat import Cell, Map, _blend, _text_on, error_map, sparsity_map, structure_map
 
-from .conftest import make_row, make_rows
+from .conftest import make_group, make_neurons, make_row, make_rows, make_shrunk_rows
 
 
 def cells(heat: Map) -> list[Cell]:
@@ -26,7 +29,7 @@ def test_rows_are_blocks_and_columns_their_linears_grouped_by_module_and_stream(
         "transformer_blocks 2",
     ]
     assert table.groups == (("attn · image", 2), ("attn · text", 1), ("ff · image", 1))
-    assert [column.role for column in table.columns] == ["query", "output", "key", "down"]
+    assert [column.title for column in table.columns] == ["query", "output", "key", "down"]
     assert [cell is None for cell in table.lines[2].cells] == [False, False, True, False]
 
 
@@ -89,6 +92,53 @@ def test_a_layer_without_error_is_a_dash_with_its_zeros():
     heat = error_map([make_row("transformer_blocks.0.a", error=None), make_row("transformer_blocks.0.b")])
     assert heat is not None
     assert cells(heat)[0] == Cell("\N{EN DASH}", "transformer_blocks.0.a: no calibration error, 50.0 % zeros", None)
+
+
+def test_a_layer_that_lost_rows_shows_the_share_that_left_in_place_of_an_error():
+    heat = error_map(make_shrunk_rows())
+    assert heat is not None
+    query, output, up, down = cells(heat)
+    name = "transformer_blocks.0"
+    assert query == Cell(
+        f"{units.MINUS}33.3 %", f"{name}.attn.to_q: no error of its own, 33.3 % of its weights removed", None
+    )
+    assert up.text == f"{units.MINUS}33.3 %"
+    assert output.title == f"{name}.attn.to_out.0: relative error 0.0500, 33.3 % of its weights removed"
+    assert output.paint
+    assert output.paint == down.paint
+
+
+def test_a_layer_that_lost_columns_and_was_not_calibrated_is_a_dash():
+    down = make_shrunk_rows()[3]
+    heat = error_map([dataclasses.replace(down, error=None), make_row()])
+    assert heat is not None
+    title = f"{down.name}: no calibration error, 33.3 % of its weights removed"
+    assert cells(heat)[0] == Cell(units.DASH, title, None)
+
+
+def test_weights_that_left_and_zeros_are_told_apart_and_coloured_together():
+    (cell,) = cells(sparsity_map([make_row(removed=250, asked=500, zeros=250)]))
+    assert cell.text == "50.0"
+    assert cell.title == "transformer_blocks.0.attn.to_q: 25.0 % of its weights removed, 25.0 % zeros"
+
+
+def test_what_was_kept_is_told_by_block_with_heads_and_neurons_apart():
+    rows = (make_group(1), make_neurons(1), make_neurons(1, "ff_context"), make_group(2, after=3, removed=(0, 1, 5)))
+    (table,) = structure_map(rows).tables
+    assert table.groups == (("heads", 1), ("neurons", 2))
+    assert [column.title for column in table.columns] == ["attn", "ff", "ff_context"]
+    first, second = table.lines
+    assert [cell and cell.text for cell in first.cells] == ["4 of 6 (192 → 128)", "512 of 768", "512 of 768"]
+    assert [cell and cell.text for cell in second.cells] == ["3 of 6 (192 → 96)", None, None]
+    assert second.cells[0]
+    assert second.cells[0].title == "transformer_blocks.2.attn.heads: 50.0 % of its heads removed, indices 0, 1, 5"
+    assert second.cells[0].paint == structure_map(rows).legend[2][1]
+
+
+def test_a_group_that_kept_all_is_told_so():
+    (cell,) = cells(structure_map([make_group(after=6, removed=())]))
+    assert cell.text == "6 of 6 (192 → 192)"
+    assert cell.title == "transformer_blocks.0.attn.heads: 0.0 % of its heads removed, indices none"
 
 
 def test_without_any_error_there_is_no_error_map():

@@ -6,14 +6,16 @@ import pytest
 import yaml
 
 from compressor.plugin import Samples
-from compressor.report import CalibrationFacts, ExportFacts, ModelFacts, Report, write
+from compressor.report import CalibrationFacts, ExportFacts, ModelFacts, ProofFacts, Report, Structure, write
 from compressor.report.page import SHOWN, render
 
-from .conftest import make_row
+from .conftest import make_group, make_neurons, make_row
+
+ASCII = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{MULTIPLICATION SIGN}": "x"})
 
 
 class Page(HTMLParser):
-    """The elements and the visible text of a page; checks that what opens is closed."""
+    """The elements and the visible text of a page, signs as on a keyboard; checks that what opens is closed."""
 
     VOID = ("meta", "img", "br", "col")
 
@@ -25,7 +27,7 @@ class Page(HTMLParser):
         self.feed(html)
         self.close()
         assert self.open == []
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+        self.text = re.sub(r"\s+", " ", " ".join(self.words)).translate(ASCII)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -74,6 +76,7 @@ def test_whatever_the_user_wrote_is_escaped(report: Report, samples: Samples):
         calibration=CalibrationFacts(1, 1, 1.0, 1, 1, 1, 1, {evil: 1}),
         metrics={evil: {evil: 1.0}},
         exports=(ExportFacts(evil, {evil: 1}, {evil: evil}),),
+        structure=Structure((make_group(name=f"{evil}.x", block=evil, kind=evil),), (evil,), ()),
         warnings=(evil,),
     )
     html = render(report, dataclasses.replace(samples, prompts=(evil,) * 4))
@@ -152,16 +155,8 @@ def test_zeros_alone_are_said_to_buy_nothing_by_themselves(page: Page):
     assert "5.50 k of 10.0 k parameters are zero." in page.text
     assert "neither the files smaller (20.0 kB on disk before, 20.0 kB after) nor dense kernels faster" in page.text
     assert "they are counted, not timed" in page.text
-    assert "gone for good" not in page.text
-
-
-def test_removed_parameters_are_told_apart_from_zeros(report: Report):
-    after = dataclasses.replace(report.sizes.after, parameters=6_000, bytes=12_000)
-    sizes = dataclasses.replace(report.sizes, after=after)
-    page = Page(render(dataclasses.replace(report, sizes=sizes), None))
-    assert "4.00 k of 10.0 k parameters are gone for good" in page.text
-    assert "(20.0 kB on disk before, 12.0 kB after)" in page.text
-    assert "1.50 k of 6.00 k parameters are zero." in page.text
+    for word in ("What left the network", "parameters left with", "removed", "outputs x inputs", "gone"):
+        assert word not in page.text
 
 
 def test_the_error_map_has_a_cell_for_each_layer(page: Page, report: Report):
@@ -225,6 +220,143 @@ def test_two_pruners_have_a_row_each(report: Report):
     page = Page(render(dataclasses.replace(report, layers=layers), None))
     assert "pruned by obs_diff and wanda" in page.text
     assert "wanda 1 1.00 k 25.0 % 25.0 %" in page.text
+
+
+def test_the_headline_of_a_structured_run_has_sizes_and_shares_before_and_after(shrunk: Report):
+    text = Page(render(shrunk, None)).text
+    assert "Weights gone in the pruned layers 33.3 % heads 33.3 %, asked for 30.0 %; neurons 33.3 %, asked for" in text
+    assert "Parameters of the transformer 8.00 k before: 10.0 k (-20.0 %)" in text
+    assert "Multiply-adds of one forward 600 k before: 800 k (-25.0 %)" in text
+    assert "zero" not in text.partition("Figures")[0]
+
+
+def test_shares_that_no_option_asked_for_are_told_alone(shrunk: Report):
+    groups = (make_group(asked=None), make_neurons(asked=None))
+    text = Page(render(dataclasses.replace(shrunk, structure=Structure(groups, (), ())), None)).text
+    assert "heads 33.3 %; neurons 33.3 %" in text
+    assert "asked for" not in text.partition("What each pruner was asked for")[0]
+    assert "Proof" not in text
+
+
+def test_an_unknown_share_beside_a_known_one_is_a_dash(shrunk: Report):
+    groups = (make_group(), make_neurons(asked=None))
+    text = Page(render(dataclasses.replace(shrunk, structure=Structure(groups, (), ())), None)).text
+    assert "heads 1 attention 6 4 33.3 % 30.0 % neurons 1 feed-forward 768 512 33.3 % -" in text
+
+
+def test_a_run_of_both_kinds_tells_what_is_gone_from_what_is_zero(mixed: Report):
+    page = Page(render(mixed, None))
+    assert "Weights gone or zero in the pruned layers 33.4 % 33.3 % gone, 0.1 % zero" in page.text
+    assert "Non-zero parameters 5.00 k before: 10.0 k" in page.text
+    assert (
+        "pruner layers weights removed zeros asked for zeros counted obs_diff 8 737 k 33.3 % 0.0 % 0.0 %" in page.text
+    )
+    assert "wanda 1 1.00 k 0.0 % 50.0 % 50.0 %" in page.text
+    assert "What the removal and the zeros buy, and what they do not" in page.text
+    assert "2.00 k of 10.0 k parameters left with heads and neurons." in page.text
+    assert "3.00 k of 8.00 k parameters are zero. Zeros are stored like any other number" in page.text
+    assert "neither the files smaller nor dense kernels faster" in page.text
+    assert "Multiply-adds of one forward, dense 800 k 600 k -25.0 % Multiply-adds on non-zero weights only" in page.text
+    assert "The share of each layer's weights that is gone or zero, in percent" in page.text
+
+
+def test_seven_tiles_stand_in_rows_of_four(mixed: Report):
+    metrics = {"pairs": {"psnr": 31.0}, "shapes": {"pruned_one_object": 1.0, "dense_one_object": 1.0,
+               "pruned_two_objects": 1.0, "dense_two_objects": 1.0}}  # fmt: skip
+    page = Page(render(dataclasses.replace(mixed, metrics=metrics), None))
+    assert page.find("dl", style="--n:4")
+    assert len(page.find("div", **{"class": "tile"})) == 7
+
+
+def test_removal_alone_says_what_it_buys_and_nothing_of_zeros(shrunk: Report):
+    page = Page(render(shrunk, None))
+    assert "What the removal buys 2.00 k of 10.0 k parameters left with heads and neurons." in page.text
+    assert "the files are smaller (20.0 kB on disk before, 16.0 kB after) and every runtime" in page.text
+    assert "counted, not timed: how much faster they are done depends on the device" in page.text
+    assert "pruner layers weights removed obs_diff 8 737 k 33.3 %" in page.text
+    assert "zero weights" not in page.text.replace("kernels for sparse weights", "")
+    assert "Non-zero parameters" not in page.text
+    assert "Multiply-adds of one forward 800 k 600 k -25.0 % Bytes on disk" in page.text
+
+
+def test_what_left_is_told_by_kind_and_by_block(shrunk: Report):
+    page = Page(render(shrunk, None))
+    assert "where any left before after gone asked for heads 2 attentions 12 8 33.3 % 30.0 %" in page.text
+    assert "neurons 2 feed-forwards 1.54 k 1.02 k 33.3 % 30.0 %" in page.text
+    assert "transformer_blocks 1 512 of 768 4 of 6 (192 → 128)" in page.text
+    assert "and for heads the attention's width before → after. The colour is the share that left." in page.text
+    assert page.find("td", title="transformer_blocks.2.attn.heads: 33.3 % of its heads removed, indices 1, 4")
+
+
+def test_neurons_alone_need_no_words_on_widths(shrunk: Report):
+    structure = Structure((make_neurons(1),), (), ())
+    text = Page(render(dataclasses.replace(shrunk, structure=structure), None)).text
+    assert "How many are kept of how many there were. The colour is" in text
+    assert "parameters left with neurons." in text
+
+
+def test_the_proof_is_a_sentence_with_the_worst_of_all_entries(shrunk: Report):
+    assert shrunk.structure
+    text = Page(render(shrunk, None)).text
+    assert "Proof that nothing else changed: given the same inputs, every layer and block computes without what" in text
+    assert (
+        "off by 1.5e-7 (tolerated: 1e-4) of its output's norm, the whole network by 0.0022 (tolerated: 0.01)." in text
+    )
+    proofs = (*shrunk.structure.proofs, ProofFacts(3e-6, 1e-4, 0.0, 1e-2))
+    both = dataclasses.replace(shrunk, structure=dataclasses.replace(shrunk.structure, proofs=proofs))
+    text = Page(render(both, None)).text
+    assert "off by 3.0e-6 (tolerated: 1e-4) of its output's norm, the whole network by 0.0022" in text
+
+
+def test_where_the_dependency_graph_was_overridden_is_told_with_the_reason(shrunk: Report):
+    assert shrunk.structure
+    assert "torch-pruning's dependency graph agrees with all of it." in Page(render(shrunk, None)).text
+    why = "attn.heads: the graph takes nothing; the table counts: it lost the place"
+    structure = dataclasses.replace(shrunk.structure, overrides=(why,))
+    text = Page(render(dataclasses.replace(shrunk, structure=structure), None)).text
+    assert f"agrees with torch-pruning's dependency graph but for this, where the graph is overridden: {why}" in text
+    assert "agrees with all of it" not in text
+
+
+def test_layers_that_lost_rows_or_columns_have_their_shapes_before_and_after(shrunk: Report):
+    text = Page(render(shrunk, None)).text
+    assert "outputs x inputs weights removed share error damping time notes" in text
+    start = "transformer_blocks.1."
+    assert f"{start}attn.to_q image query obs_diff 192 x 192 → 128 x 192 36.9 k 12288 33.3 % - - -" in text
+    assert f"{start}attn.to_out.0 image output obs_diff 192 x 192 → 192 x 128 36.9 k 12288 33.3 % 0.0500" in text
+    assert f"{start}ff.net.0.proj image up obs_diff 768 x 192 → 512 x 192 147 k 49152 33.3 % - - -" in text
+    assert f"{start}ff.net.2 image down obs_diff 192 x 768 → 192 x 512 147 k 49152 33.3 % 0.0500" in text
+
+
+def test_a_layer_that_kept_its_shape_has_one(mixed: Report):
+    text = Page(render(mixed, None)).text
+    assert "transformer_blocks.3.attn.to_q image query wanda 50 x 20 1.00 k 0 500 50.0 %" in text
+
+
+def test_zeros_that_nobody_asked_for_are_counted_beside_what_left(shrunk: Report):
+    first, *others = shrunk.layers
+    odd = dataclasses.replace(first, zeros=3, notes=("3 more weights are zero than asked",))
+    text = Page(render(dataclasses.replace(shrunk, layers=(odd, *others)), None)).text
+    assert "weights removed zeros share" in text
+    assert "12288 3 (asked for 0) 33.3 %" in text
+    assert "Weights gone in the pruned layers" in text
+
+
+def test_the_error_map_shows_what_left_a_layer_that_has_no_error_of_its_own(shrunk: Report):
+    page = Page(render(shrunk, None))
+    assert "A layer that only lost rows has no error of its own; without colour, the share of its weights" in page.text
+    (cell,) = page.find(
+        "td", title="transformer_blocks.1.attn.to_q: no error of its own, 33.3 % of its weights removed"
+    )
+    assert cell["class"] == "bare"
+    assert "transformer_blocks 1 -33.3 % 0.050 -33.3 % 0.050" in page.text
+
+
+def test_what_is_gone_by_layer_is_folded_where_the_blocks_tell_it(shrunk: Report):
+    page = Page(render(shrunk, None))
+    assert "33.3 % of the weights of every layer are gone." in page.text
+    assert [("open" in details) for details in page.find("details")] == [False, False, True]
+    assert page.find("div", **{"aria-label": "Share of weights gone, table 1"})
 
 
 def test_writing_gives_the_same_bytes_twice(report: Report, samples: Samples, tmp_path):
