@@ -19,7 +19,8 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     for config in folder.glob("*/*config.json"):
         settings = json.loads(config.read_text(encoding="utf-8"))
-        settings.pop("_name_or_path", None)  # where a part was loaded from is nobody's business
+        for name in ("_name_or_path", "is_local", "local_files_only"):  # where a part came from is nobody's business
+            settings.pop(name, None)
         if config.parent.name.startswith("text_encoder"):
             settings["dtype"] = "float32"  # what transformers takes if none is asked for; diffusers takes float32 too
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -2,20 +2,21 @@
 
 The pipeline pads a caption for T5 to `max_sequence_length` tokens, 512 unless told otherwise, and masks nothing. A T5
 that ignores its padding (see `padding.py`) gives a row of zeros for each of these, and equal tokens stay equal through
-every block. So training carries 24 tokens, of which the last is always padding, and adds to its attention logit the
-logarithm of how many it stands for.
+every block. So training carries 24 tokens, the last of which is always padding and stands for any number (see
+`rows.py`).
 """
 
 # Shapes: B batch, C latent channels, H W latent sides, L caption tokens, S caption tokens and image tokens.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -40,6 +41,7 @@ def build(tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> Flux:
 
 def assemble(model: Flux, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> FluxPipeline:
     """The parts as a pipeline; they are shared, not copied, but for the T5 encoder."""
+    model.denoiser.set_attn_processor(FluxAttnProcessor())  # type: ignore[arg-type]
     return FluxPipeline(
         transformer=model.denoiser,
         scheduler=networks.scheduler(),
@@ -65,6 +67,8 @@ class Flux(nn.Module):
         t5_tokenizer: T5Tokenizer,
     ) -> None:
         super().__init__()
+        denoiser.set_attn_processor(_RaisedAttention())  # type: ignore[arg-type]
+        text_encoder_2.set_attn_implementation("eager")  # the others would be given a mask that needs a gradient
         self.text_encoder, self.text_encoder_2, self.denoiser = text_encoder, text_encoder_2, denoiser
         self.t5_tokenizer, self._end = t5_tokenizer, cast(int, tokenizer.eos_token_id)
         self.register_buffer("t5_of", _t5_of(tokenizer, t5_tokenizer), persistent=False)
@@ -83,11 +87,9 @@ class Flux(nn.Module):
         """
         height, width = noisy.shape[2:]
         tokens, pooled = self.encode(ids)
-        places = torch.arange(tokens.shape[1] + height * width // 4, device=noisy.device)
-        raised_S = (places == tokens.shape[1] - 1) * log_rows
         packed = self.denoiser(
             pack(noisy), tokens, pooled, timestep, _places(height, width, noisy), noisy.new_zeros(tokens.shape[1], 3),
-            joint_attention_kwargs={"attention_mask": raised_S[None, None, None]}, return_dict=False,
+            joint_attention_kwargs={"place": tokens.shape[1] - 1, "log_rows": log_rows}, return_dict=False,
         )[0]  # fmt: skip
         return unpack(packed, height, width)
 
@@ -109,6 +111,41 @@ class Flux(nn.Module):
         words = F.pad(ids[:, 1:], (0, 1), value=self._end)
         ends = words.eq(self._end).cumsum(dim=1)
         return torch.where(ends == 0, self.t5_of[words], torch.where(ends == 1, _END, _PAD))
+
+
+class _RaisedAttention:
+    """Flux's attention, in which the token at `place` stands for as many equal ones as `log_rows` says."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        *,
+        place: int,
+        log_rows: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        assert attention_mask is None
+
+        def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:
+            x = x.unflatten(-1, (attn.heads, -1))
+            return x if norm is None else norm(x)
+
+        query, key = heads(attn.to_q(hidden_states), attn.norm_q), heads(attn.to_k(hidden_states), attn.norm_k)
+        value, context = heads(attn.to_v(hidden_states)), encoder_hidden_states
+        if context is not None:
+            query = torch.cat([heads(attn.add_q_proj(context), attn.norm_added_q), query], dim=1)
+            key = torch.cat([heads(attn.add_k_proj(context), attn.norm_added_k), key], dim=1)
+            value = torch.cat([heads(attn.add_v_proj(context)), value], dim=1)
+        query, key = (cast(Tensor, apply_rotary_emb(x, image_rotary_emb, sequence_dim=1)) for x in (query, key))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = rows.attend(query, key, value, place, log_rows).transpose(1, 2).flatten(2)
+        if context is None:
+            return mixed
+        text, image = mixed[:, : context.shape[1]], mixed[:, context.shape[1] :]
+        return attn.to_out[0](image), attn.to_add_out(text)
 
 
 def log_rows(device: torch.device) -> Tensor:

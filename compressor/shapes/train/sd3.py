@@ -1,8 +1,8 @@
 """Stable Diffusion 3: both text encoders and the denoiser, fed exactly as `StableDiffusion3Pipeline` feeds them.
 
 Without a T5 encoder the pipeline puts zero rows (256 of them by default) behind the caption's tokens. Equal tokens stay
-equal through every block, and R equal keys weigh as much as one key whose logit is raised by log R. So training carries
-a single zero row and that raise (89 tokens instead of 344), and draws R at random, so that the number hardly matters.
+equal through every block. So training carries a single zero row that stands for all (89 tokens instead of 344, see
+`rows.py`), and draws their number at random, so that it hardly matters.
 """
 
 # Shapes: B batch, C latent channels, H W latent sides, L caption tokens, D text features, P pooled features.
@@ -98,11 +98,7 @@ def log_rows(device: torch.device) -> Tensor:
 
 
 class _RaisedAttention:
-    """Joint attention in which the last caption token stands for as many equal ones as `log_rows` says.
-
-    The raise travels as one more feature of queries (1) and keys (log R for that token), which leaves the fast
-    attention kernels usable; a mask would not. Features come in eights for the same reason.
-    """
+    """Joint attention in which the last caption token stands for as many equal ones as `log_rows` says."""
 
     def __call__(
         self,
@@ -126,17 +122,7 @@ class _RaisedAttention:
                          heads(attn.add_k_proj(context), attn.norm_added_k)], dim=2)  # fmt: skip
         value = torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(context))], dim=2)
 
-        width, length = query.shape[-1], key.shape[-2]
-        scale = width**-0.5
-        ones = F.pad(query.new_ones(1), (0, 7)).expand(*query.shape[:-1], 8)
-        last = torch.arange(length, device=key.device) == length - 1
-        raised = F.pad((last * log_rows / scale).to(key.dtype)[:, None], (0, 7)).expand(*key.shape[:-1], 8)
-        mixed = F.scaled_dot_product_attention(
-            torch.cat([query, ones], dim=-1),
-            torch.cat([key, raised], dim=-1),
-            F.pad(value, (0, 8)),
-            scale=scale,
-        )[..., :width]
+        mixed = rows.attend(query, key, value, key.shape[-2] - 1, log_rows)
         mixed = mixed.transpose(1, 2).flatten(2)
         image, text = mixed[:, : hidden_states.shape[1]], mixed[:, hidden_states.shape[1] :]
         text = text if attn.context_pre_only else attn.to_add_out(text)
