@@ -270,7 +270,7 @@ def _tiles(report: Report, fate: Fate, left: Left | None) -> Iterator[Tile]:
         )
         yield nonzero
     else:
-        note = "; ".join(_reached(kind) for kind in left.kinds)
+        note = _reached(left.kinds)
         if fate.zeros:
             removed = share(sum(row.removed for row in report.layers), sum(row.parameters for row in report.layers))
             note = f"{units.percent(removed)} gone, {units.percent(found - removed)} zero"
@@ -292,8 +292,16 @@ def _tiles(report: Report, fate: Fate, left: Left | None) -> Iterator[Tile]:
             yield Tile(f"Images all right, {words}", value, f"dense: {was}")
 
 
-def _reached(kind: Kind) -> str:
-    return f"{kind.name} {kind.reached}" + ("" if kind.asked == units.DASH else f", asked for {kind.asked}")
+def _reached(kinds: Sequence[Kind]) -> str:
+    """What was reached of each kind, and what was asked for: once if it is the same of all."""
+    asked = {kind.asked for kind in kinds}
+    if len(asked) == 1:
+        reached = ", ".join(f"{kind.name} {kind.reached}" for kind in kinds)
+        return reached if units.DASH in asked else f"asked for {asked.pop()}: {reached}"
+    return "; ".join(
+        f"{kind.name} {kind.reached}" + ("" if kind.asked == units.DASH else f", asked for {kind.asked}")
+        for kind in kinds
+    )
 
 
 def _shrunk(before: int, after: int) -> tuple[str, str]:

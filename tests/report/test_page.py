@@ -224,7 +224,7 @@ def test_two_pruners_have_a_row_each(report: Report):
 
 def test_the_headline_of_a_structured_run_has_sizes_and_shares_before_and_after(shrunk: Report):
     text = Page(render(shrunk, None)).text
-    assert "Weights gone in the pruned layers 33.3 % heads 33.3 %, asked for 30.0 %; neurons 33.3 %, asked for" in text
+    assert "Weights gone in the pruned layers 33.3 % asked for 30.0 %: heads 33.3 %, neurons 33.3 %" in text
     assert "Parameters of the transformer 8.00 k before: 10.0 k (-20.0 %)" in text
     assert "Multiply-adds of one forward 600 k before: 800 k (-25.0 %)" in text
     assert "zero" not in text.partition("Figures")[0]
@@ -233,14 +233,21 @@ def test_the_headline_of_a_structured_run_has_sizes_and_shares_before_and_after(
 def test_shares_that_no_option_asked_for_are_told_alone(shrunk: Report):
     groups = (make_group(asked=None), make_neurons(asked=None))
     text = Page(render(dataclasses.replace(shrunk, structure=Structure(groups, (), ())), None)).text
-    assert "heads 33.3 %; neurons 33.3 %" in text
+    assert "Weights gone in the pruned layers 33.3 % heads 33.3 %, neurons 33.3 %" in text
     assert "asked for" not in text.partition("What each pruner was asked for")[0]
     assert "Proof" not in text
+
+
+def test_shares_that_differ_are_asked_for_kind_by_kind(shrunk: Report):
+    groups = (make_group(asked=0.25), make_group(1, asked=0.35), make_neurons(asked=0.4))
+    text = Page(render(dataclasses.replace(shrunk, structure=Structure(groups, (), ())), None)).text
+    assert "heads 33.3 %, asked for 30.0 %; neurons 33.3 %, asked for 40.0 %" in text
 
 
 def test_an_unknown_share_beside_a_known_one_is_a_dash(shrunk: Report):
     groups = (make_group(), make_neurons(asked=None))
     text = Page(render(dataclasses.replace(shrunk, structure=Structure(groups, (), ())), None)).text
+    assert "heads 33.3 %, asked for 30.0 %; neurons 33.3 %" in text
     assert "heads 1 attention 6 4 33.3 % 30.0 % neurons 1 feed-forward 768 512 33.3 % -" in text
 
 
