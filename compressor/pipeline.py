@@ -75,8 +75,13 @@ class Folder:
     @property
     def default_size(self) -> int:
         """Height and width, in pixels, that the pipeline draws at if it is not told."""
-        size = self.config(self.network).get("sample_size") or 128
+        size = self.config(self.network).get("sample_size") or self._trained_size or 128
         return int(size if isinstance(size, int) else size[0]) * self.vae_factor
+
+    @property
+    def _trained_size(self) -> int:
+        """Latent pixels that the autoencoder says it was trained at: Flux's network knows no size. 0 if not said."""
+        return (self.config("vae").get("sample_size") or 0) // self.vae_factor if "vae" in self.components else 0
 
     def check_sequence(self, max_sequence_length: int | None, where: str) -> None:
         """Refuses a length of the T5 encoder's part for a pipeline that has none, or beyond the 512 that T5 is given.
@@ -260,6 +265,8 @@ def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
             f"{folder.path}: diffusers cannot load this pipeline: {_first_line(error)}{_explain_quantised(folder)}"
         ) from error
     pipe.set_progress_bar_config(disable=True)
+    if hasattr(pipe, "default_sample_size") and not folder.config(folder.network).get("sample_size"):
+        pipe.default_sample_size = folder.default_size // folder.vae_factor
     unfused = _unfuse(getattr(pipe, folder.network), folder, model.variant, stored[folder.network])
     for name in stored:
         component = getattr(pipe, name).eval().requires_grad_(False)
