@@ -27,9 +27,29 @@ def test_the_whole_folder_is_at_most_sixteen_megabytes():
     assert sum(file.stat().st_size for file in builtin.path("shapes").rglob("*") if file.is_file()) <= 16_000_000
 
 
-def test_nothing_shipped_is_pickled():
-    kinds = {file.suffix for file in builtin.path("shapes").rglob("*") if file.is_file()}
+@pytest.mark.parametrize("name", sorted(set(builtin.names()) - {"shapes"}))
+def test_each_other_folder_is_at_most_eight_megabytes(name):
+    assert sum(file.stat().st_size for file in builtin.path(name).rglob("*") if file.is_file()) <= 8_000_000
+
+
+@pytest.mark.parametrize("name", builtin.names())
+def test_nothing_shipped_is_pickled(name):
+    kinds = {file.suffix for file in builtin.path(name).rglob("*") if file.is_file()}
     assert kinds == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("name", builtin.names())
+def test_nothing_shipped_says_where_it_was_made(name):
+    for file in builtin.path(name).rglob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        assert "_name_or_path" not in text, file
+        assert "/tmp" not in text, file
+
+
+def test_all_pipelines_share_the_autoencoder_and_the_tokenizer():
+    for name in builtin.names():
+        for part in ("vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"):
+            assert (builtin.path(name) / part).read_bytes() == (builtin.path("shapes") / part).read_bytes()
 
 
 @pytest.mark.parametrize("ask", [builtin.path, lambda name: builtin.prompts(name, "calibration")])

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 
 from compressor import builtin
 from compressor.shapes import captions, evaluate, judge, networks, scenes
-from compressor.shapes.train.conditioned import Conditioned
+from compressor.shapes.train.sd3 import SD3
 
 CAPTION = "a small red circle to the left of a big blue square on a white background"
 
@@ -45,7 +45,7 @@ def test_training_feeds_what_the_pipeline_feeds(pipe):
     denoiser = networks.sd3()
     ids = torch.tensor(pipe.tokenizer(texts, padding="max_length", truncation=True).input_ids)
     with torch.no_grad():
-        tokens, pooled_in_training = Conditioned(pipe.text_encoder, pipe.text_encoder_2, denoiser).encode(ids)
+        tokens, pooled_in_training = SD3(pipe.text_encoder, pipe.text_encoder_2, denoiser).encode(ids)
     assert torch.equal(tokens, rows[:, : networks.TOKENS])
     assert torch.equal(pooled_in_training, pooled)
     assert rows.shape[1] == networks.TOKENS + 256
@@ -65,7 +65,7 @@ def test_one_raised_token_equals_many_zero_rows(rows):
     noisy, timestep = torch.randn(2, 4, 16, 16).double(), torch.tensor([300.0, 900.0]).double()
     with torch.no_grad():
         usual = denoiser.attn_processors
-        model = Conditioned(encoders[0], encoders[1], denoiser)
+        model = SD3(encoders[0], encoders[1], denoiser)
         raised = model(noisy, timestep, ids, torch.tensor(math.log(rows), dtype=torch.float64))
         tokens, pooled = model.encode(ids)
         denoiser.set_attn_processor(usual)
