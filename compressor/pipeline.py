@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -20,11 +21,10 @@ from compressor import builtin, registry, shrunk
 from compressor import weights as weight_files
 from compressor.errors import CompressorError
 from compressor.recipe import Model
-from compressor.structure import Family, Target, find_targets, unfuse
+from compressor.rehearsal import Rehearsal
+from compressor.structure import Family, Prompting, Target, discover, find_targets, unfuse
 
 NETWORKS = ("transformer", "unet")
-WITH_T5 = ("StableDiffusion3Pipeline", "FluxPipeline")
-"""Pipelines whose text is given by a T5 encoder too, at a length that the caller may choose."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Folder:
         absent: names that `model_index.json` declares empty.
         network: the component to change.
         family: what is known about it.
+        rehearsal: what makes its inputs, if the family was discovered.
+        warnings: what the user should know of how it was found.
     """
 
     path: Path
@@ -48,6 +50,8 @@ class Folder:
     absent: tuple[str, ...]
     network: str
     family: Family
+    rehearsal: Rehearsal | None = None
+    warnings: tuple[str, ...] = ()
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's `config.json`."""
@@ -56,9 +60,16 @@ class Folder:
     @property
     def vae_factor(self) -> int:
         """Image pixels a latent pixel."""
+        if self.rehearsal is not None:
+            return self.rehearsal.vae_factor
         if "vae" not in self.components:
             return 8
         return 2 ** (len(self.config("vae").get("block_out_channels", [0] * 4)) - 1)
+
+    @property
+    def prompting(self) -> Prompting | None:
+        """What is known of how the pipeline gives its network a prompt."""
+        return self.family.prompts_of(self.pipeline_class)
 
     def text_tokens(self, max_sequence_length: int | None = None) -> int:
         """Text tokens that the network is given for a prompt.
@@ -66,11 +77,16 @@ class Folder:
         Args:
             max_sequence_length: of the T5 encoder's part, as diffusers calls it; None for the pipeline's default.
         """
+        if self.rehearsal is not None:
+            return max_sequence_length or self.rehearsal.sequence
+        known = self.prompting
+        t5 = (max_sequence_length or known.t5) if known and known.t5 else 0
+        return t5 if known and not known.clip else self._clip_tokens() + t5
+
+    def _clip_tokens(self) -> int:
         tokenizer = self.path / "tokenizer" / "tokenizer_config.json"
-        clip = min(weight_files.read_json(tokenizer).get("model_max_length") or 77, 512) if tokenizer.is_file() else 77
-        if self.family.name == "sd3":
-            return clip + (max_sequence_length or 256)  # zeros where there is no T5
-        return (max_sequence_length or 512) if self.family.name == "flux" else clip
+        found = weight_files.read_json(tokenizer).get("model_max_length") if tokenizer.is_file() else None
+        return min(found or 77, 512)
 
     @property
     def default_size(self) -> int:
@@ -95,7 +111,7 @@ class Folder:
         """
         if max_sequence_length is None:
             return
-        if self.pipeline_class not in WITH_T5:
+        if self.prompting is None or not self.prompting.t5:
             raise CompressorError(f"{where} has no effect: {self.pipeline_class} takes none; remove it")
         if max_sequence_length > 512:
             raise CompressorError(f"{where}: should be at most 512, found {max_sequence_length}")
@@ -111,8 +127,9 @@ class Folder:
         Raises:
             CompressorError: if one is no multiple of what the network needs, or too large for it.
         """
-        step = max(8, self.vae_factor) if self.family.name == "unet" else 2 * self.vae_factor
-        most = (self.config(self.network).get("pos_embed_max_size") or 0) * 2 * self.vae_factor
+        patch = self.family.patch * self.vae_factor
+        step = math.lcm(patch, self.family.pixels)
+        most = (self.config(self.network).get(self.family.most_patches or "") or 0) * patch
         for name, value in (("height", height), ("width", width)):
             if value is not None and value % step:
                 raise CompressorError(f"{where}{name}: should be a multiple of {step} pixels, found {value}")
@@ -125,20 +142,17 @@ class Folder:
         Raises:
             CompressorError: if diffusers cannot make it from its config, or that says wrongly how it was shrunk.
         """
-        cls = getattr(diffusers, self.family.component_class)
         config = self.config(self.network)
         file = self.path / self.network / "config.json"
+        if (manifest := shrunk.manifest_in(config)) is None:
+            return _make_twin(self.family.component_class, config, file)
+        cls = getattr(diffusers, self.family.component_class)
         try:
-            if (manifest := shrunk.manifest_in(config)) is not None:
-                return shrunk.rebuild(cls, config, manifest, self.family, f"{file}: {shrunk.KEY}")
-            with torch.device("meta"):
-                return cls.from_config(config).eval()
+            return shrunk.rebuild(cls, config, manifest, self.family, f"{file}: {shrunk.KEY}")
         except CompressorError:
             raise
-        except Exception as error:  # whatever a config of wrong values makes diffusers stumble over
-            raise CompressorError(
-                f"{file}: diffusers cannot make a {self.family.component_class} of it: {_first_line(error)}"
-            ) from error
+        except Exception as error:  # as below
+            raise _cannot_make(cls.__name__, file, error) from error
 
 
 @dataclass(frozen=True)
@@ -194,8 +208,8 @@ def open_folder(model: Model, *, weights: bool = True) -> Folder:
         weights: whether a model of the hub is fetched with its weights, or only its JSON files.
 
     Raises:
-        CompressorError: if there is no such model, it is no diffusers folder, it lacks the component asked for,
-            or no family knows its network.
+        CompressorError: if there is no such model, it is no diffusers folder, it lacks the component asked for, an
+            adapter is attached, the network is quantised, or no family knows the network and none can be discovered.
     """
     path = _locate(model, weights=weights)
     index_file = path / "model_index.json"
@@ -213,12 +227,20 @@ def open_folder(model: Model, *, weights: bool = True) -> Folder:
     network = model.component or networks[0]
     if network not in present:
         raise CompressorError(f"{path}: the pipeline has no component '{network}'; it has {', '.join(present)}")
-    family = _find_family(entries[network][1])
-    folder = Folder(path, model.source, str(index.get("_class_name")), present, absent, network, family)
-    weight_files.refuse_quantised(path / network / "config.json", folder.config(network), network)
-    for name in present:
-        weight_files.check_lists(path / name)
-    return folder
+    known = {family.component_class: family for family in _families()}
+    name = str(entries[network][1])
+    if name not in known and not (network in NETWORKS and _is_network(name)):
+        raise CompressorError(f"no family knows the network class '{name}'; known: {_list(known.values())}")
+    file = path / network / "config.json"
+    config = weight_files.read_json(file)
+    weight_files.refuse_quantised(file, config, network)
+    for component in present:
+        weight_files.check_lists(path / component)
+    pipeline_class = str(index.get("_class_name"))
+    if name in known:
+        return Folder(path, model.source, pipeline_class, present, absent, network, known[name])
+    classes = {part: (str(entries[part][0]), str(entries[part][1])) for part in present}
+    return _discover(path, model.source, pipeline_class, classes, absent, network)
 
 
 def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
@@ -244,11 +266,7 @@ def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
         if _is_model(folder, name)
     }
     dtype = _compute_dtype(model.dtype, target, stored[folder.network])
-    pipe_class = getattr(diffusers, folder.pipeline_class, None)
-    if not (isinstance(pipe_class, type) and issubclass(pipe_class, DiffusionPipeline)):
-        raise CompressorError(
-            f"{folder.path}: diffusers {diffusers.__version__} has no pipeline class '{folder.pipeline_class}'"
-        )
+    pipe_class = _pipeline_class(folder.path, folder.pipeline_class)
     try:
         pipe = pipe_class.from_pretrained(
             folder.path,
@@ -276,7 +294,8 @@ def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
             )
     pipe.to(target)
     module = getattr(pipe, folder.network)
-    return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype, unfused)
+    warnings = (*folder.warnings, *unfused)
+    return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype, warnings)
 
 
 def pick_device(name: str) -> torch.device:
@@ -323,13 +342,67 @@ def _locate(model: Model, *, weights: bool) -> Path:
         ) from error
 
 
-def _find_family(component_class: str) -> Family:
-    families = [registry.load("family", name) for name in registry.find("family")]
-    for family in families:
-        if family.component_class == component_class:
-            return family
-    known = ", ".join(f"{family.name} ({family.component_class})" for family in families)
-    raise CompressorError(f"no family knows the network class '{component_class}'; known: {known}")
+def _families() -> list[Family]:
+    return [registry.load("family", name) for name in registry.find("family")]
+
+
+def _list(families: Iterable[Family]) -> str:
+    return ", ".join(f"{family.name} ({family.component_class})" for family in families)
+
+
+def _is_network(name: str) -> bool:
+    found = getattr(diffusers, name, None)
+    return isinstance(found, type) and issubclass(found, nn.Module)
+
+
+def _discover(
+    path: Path,
+    source: str,
+    pipeline_class: str,
+    classes: Mapping[str, tuple[str, str]],
+    absent: tuple[str, ...],
+    network: str,
+) -> Folder:
+    """A folder with a family for a network that none knows.
+
+    Raises:
+        CompressorError: saying why there cannot be one, and what to do.
+    """
+    name, file = classes[network][1], path / network / "config.json"
+    dense = {key: value for key, value in weight_files.read_json(file).items() if key != shrunk.KEY}
+    twin = _make_twin(name, dense, file)
+    try:
+        rehearsal = Rehearsal(path, _pipeline_class(path, pipeline_class), classes, absent, network, twin)
+        bare = Family(name, name, (), rehearsal)
+        folder = Folder(path, source, pipeline_class, tuple(classes), absent, network, bare, rehearsal)
+        side = min(folder.default_size // folder.vae_factor, 32)
+        family, warning = discover(twin, rehearsal, height=side, width=side)
+    except CompressorError as error:
+        raise CompressorError(
+            f"no family knows the network class '{name}', and discovery cannot serve it: {error}; write a family for "
+            f"it (docs/plugins.md, 'A family'); known: {_list(_families())}"
+        ) from error
+    return replace(folder, family=replace(family, pixels=8), warnings=(warning,))
+
+
+def _pipeline_class(path: Path, name: str) -> type[DiffusionPipeline]:
+    found = getattr(diffusers, name, None)
+    if isinstance(found, type) and issubclass(found, DiffusionPipeline):
+        return found
+    raise CompressorError(f"{path}: diffusers {diffusers.__version__} has no pipeline class '{name}'")
+
+
+def _make_twin(name: str, config: dict[str, Any], file: Path) -> nn.Module:
+    cls = getattr(diffusers, name)
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config).eval()
+    except Exception as error:  # whatever a config of wrong values makes diffusers stumble over
+        raise _cannot_make(name, file, error) from error
+
+
+def _cannot_make(name: str, file: Path, error: Exception) -> CompressorError:
+    return CompressorError(f"{file}: diffusers cannot make a {name} of it: {_first_line(error)}")
 
 
 def _is_model(folder: Folder, name: str) -> bool:

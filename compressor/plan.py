@@ -136,13 +136,13 @@ def plan(recipe: Recipe) -> Plan:
     texts = 0
     if given is not None:
         texts = min(len(prompts.read(given.prompts, "calibration")), given.samples)
-    warnings: list[str] = []
+    warnings: list[str] = [*folder.warnings]
     entries = []
     zeros: dict[str, int] = {}
     found = enter(recipe, folder.network, twin, folder.family)
     check_apart(found)
     for entry in found:
-        planned, notes = _plan_entry(recipe, entry, seen, texts, folder.pipeline_class)
+        planned, notes = _plan_entry(recipe, entry, seen, texts, folder)
         entries.append(planned)
         warnings += [note for note in notes if note not in warnings]
         zeros |= {layer.name: layer.zeros for layer in planned.layers}
@@ -172,7 +172,7 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _plan_entry(
-    recipe: Recipe, entry: Entry, seen: Trace, texts: int, pipeline_class: str
+    recipe: Recipe, entry: Entry, seen: Trace, texts: int, folder: pipelines.Folder
 ) -> tuple[PlannedPruning, list[str]]:
     targets = entry.calibrated
     notes: list[str] = []
@@ -183,7 +183,7 @@ def _plan_entry(
         packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
         forwards = len(packages) * given.steps * math.ceil(texts / given.batch)
         if entry.pruner.moments == "second":
-            guided = sampling.guided(pipeline_class, given.guidance)
+            guided = sampling.guided(folder, given.guidance)
             note = explain_rank(targets, seen, texts, given.steps, guided)
             notes += [note] if note else []
     groups = tuple(

@@ -581,9 +581,9 @@ def test_the_warning_is_given_when_second_moments_are_asked_for():
 
 
 def test_flux_is_not_run_on_the_empty_prompt():
-    assert not sampling.guided("FluxPipeline", 7.0)
-    assert sampling.guided("StableDiffusion3Pipeline", 7.0)
-    assert not sampling.guided("StableDiffusion3Pipeline", 1.0)
+    assert not sampling.guided(tiny.load("flux").folder, 7.0)
+    assert sampling.guided(tiny.load("sd3").folder, 7.0)
+    assert not sampling.guided(tiny.load("sd3").folder, 1.0)
     for kind in tiny.KINDS:
         pipeline = tiny.load(kind)
         sizes: list[int] = []
@@ -596,7 +596,7 @@ def test_flux_is_not_run_on_the_empty_prompt():
         calibration = tiny.calibrate(pipeline, ("a cat",), steps=1, packages=1)
         (package,) = calibration.packages(pipeline.targets[:1], "norms")
         calibration.collect(package, "norms", Uniform())
-        assert sizes == [2 if sampling.guided(pipeline.folder.pipeline_class, 3.0) else 1]
+        assert sizes == [2 if sampling.guided(pipeline.folder, 3.0) else 1]
 
 
 @pytest.mark.parametrize(("kind", "clip"), [("sd3", tiny.CLIP_TOKENS), ("flux", 0)])

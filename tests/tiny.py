@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -41,7 +41,7 @@ def folder(kind: str, dtype: torch.dtype = torch.float32) -> Path:
     """The folder of a tiny pipeline, made at the first call in this process. Not to be changed.
 
     Args:
-        kind: a key of `KINDS`.
+        kind: a key of `KINDS` or of `UNKNOWN`.
         dtype: of the saved weights.
     """
     return _folder(kind, dtype)
@@ -51,7 +51,7 @@ def save(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Saves a tiny pipeline with the same random weights every time, and returns the folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = KINDS[kind]()
+        pipe = (KINDS | UNKNOWN)[kind]()
         for name, component in pipe.components.items():
             if name in ("transformer", "unet"):
                 _enlarge(component)
@@ -241,6 +241,181 @@ def flux() -> Any:
     )
 
 
+def pixart() -> Any:
+    """PixArt-Sigma in small: cross-attention to T5, and one modulation for all blocks."""
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=TEXT_WIDTH,
+        norm_elementwise_affine=False,
+        use_additional_conditions=False,
+    )
+    return diffusers.PixArtSigmaPipeline(
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=_vae(4),
+        text_encoder=_t5(),
+        tokenizer=_t5_tokenizer(),
+    )
+
+
+def auraflow() -> Any:
+    """AuraFlow in small: one block over two streams, one over both in one."""
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return diffusers.AuraFlowPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=_vae(4),
+        text_encoder=_t5("UMT5"),
+        tokenizer=_t5_tokenizer(),
+    )
+
+
+def hunyuan() -> Any:
+    """HunyuanDiT in small: CLIP's place is taken by a BERT, and skips join the first half to the second."""
+    transformer = diffusers.HunyuanDiT2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim_t5=TEXT_WIDTH,
+        pooled_projection_dim=16,
+        text_len=77,
+        text_len_t5=256,
+    )
+    bert = transformers.BertConfig(
+        vocab_size=32, hidden_size=TEXT_WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    return diffusers.HunyuanDiTPipeline(
+        transformer=transformer,
+        scheduler=diffusers.DDPMScheduler(),
+        vae=_vae(4),
+        text_encoder=transformers.BertModel(bert),
+        tokenizer=_t5_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=_t5_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sana() -> Any:
+    """Sana in small: linear attention over the image, convolutions in place of feed-forwards, a causal text model."""
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=TEXT_WIDTH,
+        sample_size=16,
+    )
+    return diffusers.SanaPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=diffusers.AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=[1, 1],
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+        ),
+        text_encoder=_decoder("Gemma2"),
+        tokenizer=_t5_tokenizer(),
+    )
+
+
+def cogview4() -> Any:
+    """CogView4 in small: one sequence of text and image."""
+    transformer = diffusers.CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=TEXT_WIDTH,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=8,
+        sample_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    return diffusers.CogView4Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
+        vae=_vae(4),
+        text_encoder=_decoder("Glm"),
+        tokenizer=_t5_tokenizer(ends=True),
+    )
+
+
+def lumina2() -> Any:
+    """Lumina-Image 2 in small."""
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=2,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=TEXT_WIDTH,
+    )
+    return diffusers.Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_vae(4),
+        text_encoder=_decoder("Gemma2"),
+        tokenizer=_t5_tokenizer(),
+    )
+
+
+UNKNOWN: dict[str, Callable[[], Any]] = {
+    "pixart": pixart,
+    "auraflow": auraflow,
+    "hunyuan": hunyuan,
+    "sana": sana,
+    "cogview4": cogview4,
+    "lumina2": lumina2,
+}
+"""Pipelines with a network that no family describes."""
 KINDS: dict[str, Callable[[], Any]] = {"sd3": sd3, "sd35": sd35, "sd2": sd2, "sdxl": sdxl, "flux": flux}
 FAMILY = {"sd3": "sd3", "sd35": "sd3", "sd2": "unet", "sdxl": "unet", "flux": "flux"}
 NETWORK = {"sd3": "transformer", "sd35": "transformer", "sd2": "unet", "sdxl": "unet", "flux": "transformer"}
@@ -281,8 +456,8 @@ def _clip_tokenizer() -> Any:
     return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=CLIP_TOKENS)
 
 
-def _t5() -> Any:
-    config = transformers.T5Config(
+def _t5(kind: str = "T5") -> Any:
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=32,
         d_model=TEXT_WIDTH,
         d_kv=8,
@@ -292,13 +467,30 @@ def _t5() -> Any:
         feed_forward_proj="gated-gelu",
         decoder_start_token_id=0,
     )
-    return transformers.T5EncoderModel(config)
+    return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
-def _t5_tokenizer() -> Any:
+def _decoder(kind: str) -> Any:
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=32,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=0,
+    )
+    return getattr(transformers, f"{kind}Model")(config)
+
+
+def _t5_tokenizer(*, ends: bool = False) -> Any:
+    """A token a letter; `ends` puts an end behind them, so that the empty prompt has a token, too."""
     vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *string.ascii_lowercase])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )

@@ -129,7 +129,7 @@ class Calibration:
         targets = tuple(targets)
         packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
         if kind == "second":
-            guided = sampling.guided(self._pipeline.folder.pipeline_class, self._options.guidance)
+            guided = sampling.guided(self._pipeline.folder, self._options.guidance)
             note = explain_rank(targets, self._trace, len(self._encoded), self._options.steps, guided)
             if note:
                 self._warn(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,24 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compressor.pipeline import Pipeline
+from compressor.pipeline import Folder, Pipeline
+from compressor.rehearsal import exact_size
 
-_ENCODED = {  # pipeline class -> the results of encode_prompt, by the argument that takes each one back
-    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "StableDiffusionXLPipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "StableDiffusion3Pipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
-}
 _ENCODE_BATCH = 16
 
 
@@ -75,19 +61,21 @@ def encode(
         use: keeps the noises of calibration and of pictures apart.
         max_sequence_length: tokens of the T5 encoder's part, for pipelines that have one; None for their default.
     """
-    names = _ENCODED.get(pipeline.folder.pipeline_class)
+    known = pipeline.folder.prompting
     seeds = [noise_seed(seed, use, i) for i in range(len(prompts))]
-    if names is None:
+    if known is None:
         return [Encoded(prompt, s, {}) for prompt, s in zip(prompts, seeds, strict=True)]
+    arguments = {"device": pipeline.device, "num_images_per_prompt": 1, **known.arguments}
+    if known.guided:
+        arguments["do_classifier_free_guidance"] = guidance > 1
+    if max_sequence_length is not None:
+        arguments["max_sequence_length"] = max_sequence_length
     encoded: list[Encoded] = []
     for start in range(0, len(prompts), _ENCODE_BATCH):
         texts = list(prompts[start : start + _ENCODE_BATCH])
-        arguments = _arguments(pipeline, texts, guidance)
-        if max_sequence_length is not None:
-            arguments["max_sequence_length"] = max_sequence_length
-        results = pipeline.pipe.encode_prompt(**arguments)
+        results = pipeline.pipe.encode_prompt(prompt=texts, **arguments)
         for i, text in enumerate(texts):
-            tensors = {n: r[i : i + 1].cpu() for n, r in zip(names, results, strict=False) if r is not None}
+            tensors = {n: r[i : i + 1].cpu() for n, r in zip(known.results, results, strict=False) if r is not None}
             encoded.append(Encoded(text, seeds[start + i], tensors))
     return encoded
 
@@ -113,20 +101,25 @@ def sample(
         final["latents"] = tensors["latents"]
         return {}
 
+    def keep_of_old(_step: int, _timestep: Any, latents: Tensor) -> None:
+        final["latents"] = latents
+
     arguments: dict[str, Any] = {
         name: torch.cat([encoded.tensors[name] for encoded in batch]).to(pipeline.device) for name in batch[0].tensors
     }
     if not arguments:
         arguments["prompt"] = [encoded.prompt for encoded in batch]
+    known = inspect.signature(pipeline.pipe.__call__).parameters
     result = pipeline.pipe(
         **arguments,
+        **exact_size(type(pipeline.pipe)),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance,
         height=settings.height,
         width=settings.width,
         generator=[torch.Generator().manual_seed(encoded.seed) for encoded in batch],
         output_type=output,
-        callback_on_step_end=keep,
+        **({"callback_on_step_end": keep} if "callback_on_step_end" in known else {"callback": keep_of_old}),
         return_dict=False,
     )[0]
     return result.float().cpu(), final["latents"].float().cpu()
@@ -141,24 +134,12 @@ def noise_seed(seed: int, use: str, index: int) -> int:
     return (base + index) % 2**32
 
 
-def guided(pipeline_class: str, guidance: float) -> bool:
-    """Whether the network is also run on the empty prompt; Flux is told the guidance scale instead."""
-    return guidance > 1 and pipeline_class != "FluxPipeline"
+def guided(folder: Folder, guidance: float) -> bool:
+    """Whether the network is also run on the empty prompt; some, as Flux, are told the guidance scale instead."""
+    return guidance > 1 and (folder.prompting is None or folder.prompting.guided)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def _arguments(pipeline: Pipeline, texts: list[str], guidance: float) -> dict[str, Any]:
-    name = pipeline.folder.pipeline_class
-    arguments: dict[str, Any] = {"prompt": texts, "device": pipeline.device, "num_images_per_prompt": 1}
-    if name == "StableDiffusionXLPipeline":
-        arguments["prompt_2"] = None
-    elif name == "StableDiffusion3Pipeline":
-        arguments |= {"prompt_2": None, "prompt_3": None}
-    elif name == "FluxPipeline":
-        return arguments | {"prompt_2": None}
-    return arguments | {"do_classifier_free_guidance": guidance > 1}

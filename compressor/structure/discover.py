@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,21 +27,24 @@ _ROWS: dict[str, Role] = {
 _COLUMNS = ("to_out.0", "to_add_out")
 
 
-def discover(twin: nn.Module, inputs: ExampleInputs) -> tuple[Family, str]:
+def discover(twin: nn.Module, inputs: ExampleInputs, *, height: int = 16, width: int = 16) -> tuple[Family, str]:
     """Finds the linears of a network's repeated blocks, and the groups in them that the dependency graph confirms.
 
-    Streams are not told apart: every layer's is `joint`. Linears below a name that begins with `norm` modulate, and are
-    left out.
+    Streams are not told apart: every layer's is `joint`. Linears below a name that begins with `norm`, or that read one
+    vector a sample, modulate, and are left out.
 
     Args:
         twin: the network on the meta device, dense and with its projections apart; not changed.
         inputs: makes inputs for its forward.
+        height: latent rows to look at it with.
+        width: latent columns.
 
     Returns:
         A family, and a warning that says what was found.
 
     Raises:
-        CompressorError: if there are no repeated blocks with attentions, or the graph cannot be made.
+        CompressorError: if there are no repeated blocks with attentions, the network does not take a `timestep`, or
+            does not run on the meta device.
     """
     kind = type(twin).__name__
     lists = {
@@ -53,35 +57,46 @@ def discover(twin: nn.Module, inputs: ExampleInputs) -> tuple[Family, str]:
         raise CompressorError(
             f"{kind}: should have lists of blocks with attentions (heads, to_q, to_k, to_v), found none"
         )
-    example = dict(inputs(twin, batch=1, height=16, width=16, sequence=16))
-    stages = _stages(twin, example)
+    if "timestep" not in inspect.signature(twin.forward).parameters:
+        raise CompressorError(f"{kind}: its forward should have an argument 'timestep', found none")
+    example = dict(inputs(twin, batch=1, height=height, width=width, sequence=16))
+    try:
+        stages = _stages(twin, example)
+    except Exception as error:  # whatever it does with values that are not there
+        raise CompressorError(
+            f"{kind}: should run on the meta device, found {type(error).__name__}: {error}"
+        ) from error
     tables = tuple(_table(name, blocks, stages) for name, blocks in lists.items())
     family = Family(kind, kind, tables, inputs)
-    followed = follow(twin, family, example)
+    family, left_out = _with_groups(family, twin, example)
+    groups = find_groups(twin, family)
+    heads = sum(group.kind == "heads" for group in groups)
+    linears = sum(len(table.layers) for table in tables)
+    return family, (
+        f"{kind}: no family describes it; found {linears} kinds of linears in {', '.join(lists)}, heads in {heads} "
+        f"attentions and neurons in {len(groups) - heads} feed-forwards{left_out}"
+    )
+
+
+def _with_groups(family: Family, twin: nn.Module, example: dict[str, Any]) -> tuple[Family, str]:
+    """The family with those groups that the graph confirms or finds, and what is to be told of the others."""
+    try:
+        followed = follow(twin, family, example)
+    except CompressorError as error:
+        bare = replace(family, blocks=tuple(replace(table, groups=()) for table in family.blocks))
+        return bare, f"; without the graph no heads or neurons are known: {error}"
     doubted = {
         group.table
         for group in followed.groups
         if by_table(group, group.count - 1) != followed.by_graph(group, group.count - 1)
     }
-    family = replace(
-        family,
-        blocks=tuple(
-            replace(
-                table,
-                groups=(*(row for row in table.groups if row not in doubted), *_feed_forwards(table, followed)),
-            )
-            for table in tables
-        ),
+    tables = (
+        replace(table, groups=(*(row for row in table.groups if row not in doubted), *_feed_forwards(table, followed)))
+        for table in family.blocks
     )
-    groups = find_groups(twin, family)
-    heads = sum(group.kind == "heads" for group in groups)
-    linears = sum(len(table.layers) for table in tables)
     names = ", ".join(sorted({row.attention for row in doubted if isinstance(row, Heads)}))
     left_out = f"; the graph contradicts the heads of {names}, which are left out" if doubted else ""
-    return family, (
-        f"{kind}: no family describes it; found {linears} kinds of linears in {', '.join(lists)}, heads in {heads} "
-        f"attentions and neurons in {len(groups) - heads} feed-forwards{left_out}"
-    )
+    return replace(family, blocks=tuple(tables)), left_out
 
 
 def _attentions(block: nn.Module) -> dict[str, nn.Module]:
@@ -103,12 +118,16 @@ def _linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def _stages(twin: nn.Module, example: dict[str, Any]) -> dict[str, int]:
-    """Places in the order of execution; linears that read the very same tensor have the first one's."""
+    """Places in the order of execution; linears that read the very same tensor have the first one's.
+
+    Linears that do not run, or that read a single vector, have none.
+    """
     order: dict[str, Tensor] = {}
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            order.setdefault(name, args[0])
+            if args[0].numel() > args[0].shape[-1]:
+                order.setdefault(name, args[0])
 
         return hook
 
@@ -135,7 +154,9 @@ def _table(name: str, blocks: tuple[nn.Module, ...], stages: dict[str, int]) -> 
             owner = next((a for a in attentions if suffix.startswith(f"{a}.")), None)
             last = suffix.removeprefix(f"{owner}.")
             role: Role = _ROWS.get(last, "output") if owner else "up" if _widens(linear) else "down"
-            stage = stages.get(f"{name}.{place}.{suffix}", len(stages))
+            stage = stages.get(f"{name}.{place}.{suffix}")
+            if stage is None:
+                continue
             layers.setdefault(suffix, Layer(suffix, "attention" if owner else "feed_forward", role, "joint", stage))
     return BlockTable(
         rf"{re.escape(name)}\.\d+",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,28 @@ class ExampleInputs(Protocol):
 
 
 @dataclass(frozen=True)
+class Prompting:
+    """How a pipeline gives its network a prompt, so that prompts can be encoded once and counted beforehand.
+
+    Attributes:
+        pipeline_class: the diffusers class that it describes.
+        results: of the pipeline's `encode_prompt`: for each, the argument of the pipeline's call that takes it back.
+        arguments: of `encode_prompt` that have to be given besides the prompt.
+        guided: whether guidance above 1 runs the network on the empty prompt, too; `encode_prompt` is then told so.
+        clip: whether the network is given as many tokens as CLIP's tokenizer makes of any prompt.
+        t5: tokens of a T5 encoder's part, behind those of CLIP, where the caller chooses no `max_sequence_length`;
+            0 where there is no such part.
+    """
+
+    pipeline_class: str
+    results: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    guided: bool = True
+    clip: bool = True
+    t5: int = 0
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture as data. Registered in the entry-point group `compressor.families`.
 
@@ -128,12 +150,24 @@ class Family:
         component_class: the diffusers class it describes.
         blocks: tables of linears, in order of execution.
         inputs: makes example inputs.
+        prompting: pipelines whose prompts can be encoded once; any other encodes them at every call.
+        patch: a side of the latents has to be a multiple of so many.
+        pixels: a side of the image has to be a multiple of so many, besides.
+        most_patches: the key of the network's config that says how many patches a side may have; none if any.
     """
 
     name: str
     component_class: str
     blocks: tuple[BlockTable, ...]
     inputs: ExampleInputs
+    prompting: tuple[Prompting, ...] = ()
+    patch: int = 2
+    pixels: int = 1
+    most_patches: str | None = None
+
+    def prompts_of(self, pipeline_class: str) -> Prompting | None:
+        """What is known of how a pipeline gives the network its prompts; none if nothing is."""
+        return next((row for row in self.prompting if row.pipeline_class == pipeline_class), None)
 
 
 @dataclass(frozen=True)
@@ -210,17 +244,19 @@ def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple
     """The targets that an include pattern matches and no exclude pattern does.
 
     A pattern is a part (`attention`, `feed_forward`), a role (`query`, ...), a stream (`text`), a layer's or a block's
-    dotted name, or `re:` and a regular expression searched for in the name.
+    dotted name, or `re:` and a regular expression searched for in the name. `attention` and `feed_forward` together are
+    every layer, also where there are only those of one.
 
     Raises:
         CompressorError: if a pattern matches no layer, or nothing is left.
     """
+    parts = set(get_args(Part))
     chosen: set[str] = set()
     dropped: set[str] = set()
     for patterns, names_found in ((include, chosen), (exclude, dropped)):
         for pattern in patterns:
             hits = {target.name for target in targets if _matches(pattern, target)}
-            if not hits:
+            if not hits and not (pattern in parts and parts <= set(patterns)):
                 known = sorted({word for t in targets for word in (t.layer.part, t.layer.role, t.layer.stream)})
                 raise CompressorError(
                     f"targets: '{pattern}' matches none of the {len(targets)} layers; a pattern is one of "

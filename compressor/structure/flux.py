@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, config, like
+from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, Prompting, config, like
 
 
 def example_inputs(
@@ -110,4 +110,14 @@ FAMILY = Family(
         ),
     ),
     inputs=example_inputs,
+    prompting=(
+        Prompting(
+            "FluxPipeline",
+            results=("prompt_embeds", "pooled_prompt_embeds"),
+            arguments={"prompt_2": None},
+            guided=False,  # the network is told the scale instead
+            clip=False,
+            t5=512,
+        ),
+    ),
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,14 +82,18 @@ class Followed:
         return self.leaving(root.module, group.columns(root, (unit,)).tolist())
 
     def leaving(self, linear: nn.Linear, columns: list[int]) -> Cut:
-        """What leaves together with some columns of a linear, as the graph says; nothing if it cannot."""
+        """What leaves together with some columns of a linear, as the graph says; nothing if it cannot.
+
+        Nor does it say anything where so much would leave that it is no group of one block.
+        """
         import torch_pruning
 
         found: dict[tuple[str, Side], set[int]] = {}
         cut = torch_pruning.prune_linear_in_channels
         try:
-            leaving = list(self.graph.get_pruning_group(linear, cut, columns))
-        except (IndexError, TypeError):  # torch-pruning lost count of a split or a concatenation
+            with _bounded():
+                leaving = list(self.graph.get_pruning_group(linear, cut, columns))
+        except (IndexError, TypeError, _TooMuch):  # torch-pruning lost count of a split or a concatenation
             return {}
         for dependency, indices in leaving:
             module = dependency.target.module
@@ -98,6 +103,34 @@ class Followed:
             name = self.names.get(module, dependency.target.name)
             found.setdefault((name, side), set()).update(int(i) for i in indices)
         return {key: tuple(sorted(indices)) for key, indices in found.items()}
+
+
+_MOST = 1000
+"""Steps from layer to layer at which torch-pruning is stopped: tens do for a block, and it may go on forever."""
+
+
+class _TooMuch(Exception):
+    """What leaves together has no end."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """While it lasts, torch-pruning makes no group of more than `_MOST` steps."""
+    from torch_pruning.dependency import graph
+
+    unbounded: Any = graph.Group
+
+    class Bounded(unbounded):
+        def add_dep(self, dep: Any, idxs: Any) -> None:
+            if len(self) >= _MOST:
+                raise _TooMuch
+            super().add_dep(dep, idxs)
+
+    graph.Group = Bounded
+    try:
+        yield
+    finally:
+        graph.Group = unbounded
 
 
 def follow(twin: nn.Module, family: Family, inputs: Mapping[str, Any]) -> Followed:

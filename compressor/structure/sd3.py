@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, config, like
+from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, Prompting, config, like
 
 
 def example_inputs(
@@ -81,4 +81,18 @@ FAMILY = Family(
         ),
     ),
     inputs=example_inputs,
+    prompting=(
+        Prompting(
+            "StableDiffusion3Pipeline",
+            results=(
+                "prompt_embeds",
+                "negative_prompt_embeds",
+                "pooled_prompt_embeds",
+                "negative_pooled_prompt_embeds",
+            ),
+            arguments={"prompt_2": None, "prompt_3": None},
+            t5=256,  # zeros where there is no T5
+        ),
+    ),
+    most_patches="pos_embed_max_size",
 )

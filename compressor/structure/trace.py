@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from compressor.errors import CompressorError
 from compressor.structure.family import Family, Target, find_targets
 
 
@@ -41,6 +42,9 @@ def trace(twin: nn.Module, family: Family, *, height: int, width: int, sequence:
         height: latent rows.
         width: latent columns.
         sequence: text tokens.
+
+    Raises:
+        CompressorError: if the forward does not run one of the table's layers.
     """
     targets = find_targets(twin, family)
     arguments = family.inputs(twin, batch=1, height=height, width=width, sequence=sequence)
@@ -60,6 +64,11 @@ def trace(twin: nn.Module, family: Family, *, height: int, width: int, sequence:
     finally:
         for handle in handles:
             handle.remove()
+    if idle := [target.name for target in targets if target.name not in seen]:
+        raise CompressorError(
+            f"{idle[0]}: should run in every forward, found {len(idle)} layers that do not; leave them out of the "
+            f"table of family '{family.name}'"
+        )
     first: dict[int, str] = {}
     shared = {target.name: first.setdefault(id(seen[target.name]), target.name) for target in targets}
     tokens = {target.name: seen[target.name].numel() // target.inputs for target in targets}

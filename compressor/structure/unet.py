@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, config, like
+from compressor.structure.family import BlockTable, Family, Heads, Layer, Neurons, Prompting, config, like
 
 _LAYERS = (
     Layer("attn1.to_q", "attention", "query", "image", 0),
@@ -70,4 +70,19 @@ FAMILY = Family(
         BlockTable(r"up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+", _LAYERS, _GROUPS),
     ),
     inputs=example_inputs,
+    prompting=(
+        Prompting("StableDiffusionPipeline", results=("prompt_embeds", "negative_prompt_embeds")),
+        Prompting(
+            "StableDiffusionXLPipeline",
+            results=(
+                "prompt_embeds",
+                "negative_prompt_embeds",
+                "pooled_prompt_embeds",
+                "negative_pooled_prompt_embeds",
+            ),
+            arguments={"prompt_2": None},
+        ),
+    ),
+    patch=1,
+    pixels=8,
 )
