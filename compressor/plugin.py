@@ -83,7 +83,8 @@ class Pruner(Options, ABC):
     def removals(self, component: Component) -> Mapping[Group, int]:
         """How many heads or neurons will be removed, by group; nothing for a pruner that leaves every shape as it is.
 
-        A pruner that removes is calibrated on what the groups' consumers read, and on nothing else.
+        Groups that might have lost some, and lose none by rounding, have a 0. A pruner that removes is calibrated on
+        what the consumers of the others read, and on nothing else.
 
         Args:
             component: the module, possibly on the meta device, and the layers chosen by the recipe.
@@ -108,8 +109,8 @@ class Pruner(Options, ABC):
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult | Removed]:
         """Prunes every layer of `component.targets` in place, yielding after each one.
 
-        A pruner that removes heads and neurons yields one `Removed` for each group that it promised, and a
-        `LayerResult` for each of the groups' consumers.
+        A pruner that removes heads and neurons yields one `Removed` for each group of which it promised some, and
+        a `LayerResult` for each of these groups' consumers.
 
         Args:
             component: the module, its family and the layers to prune. Its weights are changed.
@@ -173,7 +174,7 @@ class Structured(Granularity):
 
     @abstractmethod
     def removals(self, component: Component) -> Mapping[Group, int]:
-        """How many heads or neurons of each group will be removed, in order of execution; at least one of any named.
+        """How many heads or neurons of each group will be removed, in order of execution; 0 where rounding says so.
 
         Args:
             component: the module, possibly on the meta device, and the layers that may change.

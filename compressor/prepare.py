@@ -45,7 +45,8 @@ class Entry:
         name: the plugin's name.
         pruner: the plugin.
         component: the network and the chosen layers.
-        removals: how many heads or neurons will leave, by group; none unless the pruner is structured.
+        removals: how many heads or neurons will leave, by group, 0 for those of which none by rounding; empty unless
+            the pruner is structured.
     """
 
     where: str
@@ -59,14 +60,19 @@ class Entry:
         """Those that change, in order of execution: all that were chosen, or the linears of the groups."""
         if not self.removals:
             return self.component.targets
-        changing = {target.name for group in self.removals for target in (*group.producers, *group.consumers)}
+        changing = {target.name for group in self.shrinking for target in (*group.producers, *group.consumers)}
         every = find_targets(self.component.module, self.component.family)
         return tuple(target for target in every if target.name in changing)
 
     @property
     def calibrated(self) -> tuple[Target, ...]:
         """Those whose inputs the pruner asks for, if it asks for any, and for each of which it gives a result."""
-        return consumers(self.removals) if self.removals else self.component.targets
+        return consumers(self.shrinking) if self.removals else self.component.targets
+
+    @property
+    def shrinking(self) -> tuple[Group, ...]:
+        """The groups that lose heads or neurons."""
+        return tuple(group for group, count in self.removals.items() if count)
 
 
 @dataclass(frozen=True)

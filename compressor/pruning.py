@@ -26,7 +26,7 @@ class Pruned:
 
     Attributes:
         layers: one row for each layer that changed, in order of execution.
-        groups: one row for each group of heads or neurons that lost some.
+        groups: one row for each group of heads or neurons that might lose some.
         proof: that the network without them computes what it did with their columns zeroed; None if none left.
     """
 
@@ -63,12 +63,22 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
                 results[result.name] = result
     _check_results(entry, results, removed)
     checkpoint.round_to_stored(pipeline)
-    units = {group: removed[group.name].units for group in entry.removals}
+    units = {group: removed[group.name].units for group in entry.shrinking}
     proof = _shrink(entry, pipeline, units, progress)
+    shares = entry.pruner.shares()
     return Pruned(
         layers=tuple(_verify(entry, target, results.get(target.name), shapes[target.name]) for target in layers),
         groups=tuple(
-            GroupRow(group.name, group.block, group.kind, group.width, counts[group.name], group.count, units[group])
+            GroupRow(
+                name=group.name,
+                block=group.block,
+                kind=group.kind,
+                width=group.width,
+                before=counts[group.name],
+                after=group.count,
+                removed=units.get(group, ()),
+                asked=shares.get(group.kind),
+            )
             for group in entry.removals
         ),
         proof=proof,

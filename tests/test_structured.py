@@ -147,15 +147,17 @@ def test_l1_norm_gives_up_what_sums_to_the_least(kind):
             columns = sum(c.module.weight[:, group.columns(c, [unit])].abs().sum().item() for c in group.consumers)
             sums.append(rows + columns)
         expected[group.name] = sorted(range(group.count), key=lambda unit: sums[unit])
-    counts = {group.name: count for group, count in pruner.removals(given).items()}
+    counts = {group.name: count for group, count in pruner.removals(given).items() if count}
     # Flux's single blocks: heads go first, and what goes is no part of the neurons' weights
     results = list(pruner.prune(given, None))
     removed = {result.group.name: result.units for result in results if isinstance(result, Removed)}
-    assert set(removed) == set(counts) == set(expected)
+    assert set(removed) == set(counts) <= set(expected)
     for name, units in removed.items():
         assert set(units) == set(expected[name][: counts[name]]), name
     read = {result.name for result in results if isinstance(result, LayerResult)}
-    assert read == {consumer.name for group in pruner.removals(given) for consumer in group.consumers}
+    assert read == {
+        consumer.name for result in results if isinstance(result, Removed) for consumer in result.group.consumers
+    }
     for result in results:
         if isinstance(result, Removed):
             for consumer in result.group.consumers:

@@ -43,7 +43,8 @@ class L1Norm(Pruner):
         from compressor.sparsity import lowest
         from compressor.structure import magnitudes, zero
 
-        for group, count in self.removals(component).items():
+        removals = {group: count for group, count in self.removals(component).items() if count}
+        for group, count in removals.items():
             start = time.perf_counter()
             units = tuple(lowest(magnitudes(group), count).nonzero()[:, 0].tolist())
             zero(group, units)

@@ -88,7 +88,7 @@ class OBSDiff(Pruner):
         from compressor_obs_diff.layers import prune_package
 
         assert calibration is not None
-        removals = self.removals(component)
+        removals = {group: count for group, count in self.removals(component).items() if count}
         layers = consumers(removals) or component.targets
         for package in calibration.packages(layers, self.moments):
             moments = calibration.collect(package, self.moments, self.weighting)

@@ -72,4 +72,4 @@ class HeadsAndNeurons(Structured):
                     f"{len(chosen)} groups, and they leave in steps of {multiple}; ask for more, or leave {kind} out"
                 )
             found |= leaving
-        return {group: found[group] for group in groups if found.get(group)}
+        return {group: found[group] for group in groups if group in found}
