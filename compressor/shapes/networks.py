@@ -135,7 +135,7 @@ def sd3() -> SD3Transformer2DModel:
 def unet() -> UNet2DConditionModel:
     """An untrained U-Net of Stable Diffusion 2's kind: convolutions at 16 x 16, transformer blocks at 8 x 8.
 
-    There is no middle block: it would hold two convolutions as large as three transformer blocks.
+    There is no middle block: its convolutions would hold as many weights as two transformer blocks.
     """
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,

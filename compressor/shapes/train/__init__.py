@@ -1,1 +1,1 @@
-"""Trains the pipeline and its judge from nothing: `python -m compressor.shapes.train --out FOLDER`."""
+"""Trains the pipelines and their judge from nothing: `python -m compressor.shapes.train --out FOLDER`."""
