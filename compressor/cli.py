@@ -285,7 +285,12 @@ def bench() -> None:
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="On a GPU float16 if not given, else float32.",
 )
-@click.option("--repeats", type=click.IntRange(1), help="Timed forwards; on a GPU 20 if not given, else 5.")
+@click.option("--repeats", type=click.IntRange(1), help="Turns of dense and shrunk; on a GPU 20 if not given, else 5.")
+@click.option(
+    "--in-a-row",
+    type=click.IntRange(1),
+    help="Forwards of a turn; on a GPU 4 if not given, behind one that is not timed; 1 begins on an idle GPU.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Of the CPU.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE.json", help="Every figure, row by row.")
 def shrunk(models: tuple[str, ...], output: Path | None, **options: Any) -> None:

@@ -28,7 +28,8 @@ def as_text(settings: Settings, conditions: Conditions, rows: Sequence[Row]) -> 
     lines = [
         f"{conditions.device_name}; {versions}",
         f"{settings.size} x {settings.size} pixels, batch {settings.batch}, {conditions.dtype}{shortened}; {removed} "
-        f"{where}; medians of {several(conditions.repeats, 'forward')}, dense and shrunk in turns",
+        f"{where}; medians of {several(conditions.repeats, 'turn')}, dense and shrunk, "
+        f"{several(conditions.in_a_row, 'forward')} in a row",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",
@@ -54,6 +55,7 @@ def as_json(settings: Settings, conditions: Conditions, rows: Sequence[Row]) -> 
         "device": conditions.device_name,
         "dtype": conditions.dtype,
         "repeats": conditions.repeats,
+        "in_a_row": conditions.in_a_row,
         "versions": conditions.versions,
         "rows": [
             {

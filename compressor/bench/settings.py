@@ -38,7 +38,8 @@ class Settings:
         extent: what torch compiles in one piece, beside the eager forward, or `no`; None for blocks on a GPU.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `float32`, `float16`, `bfloat16`; None for float16 on a GPU and float32 on the CPU.
-        repeats: timed forwards of each network; None for 20 on a GPU and 5 on the CPU.
+        repeats: turns in which each network is timed; None for 20 on a GPU and 5 on the CPU.
+        in_a_row: forwards of a turn; None for 4 on a GPU and 1 on the CPU.
         threads: of the CPU; None for what torch or onnxruntime takes.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     device: str = "auto"
     dtype: str | None = None
     repeats: int | None = None
+    in_a_row: int | None = None
     threads: int | None = None
 
 
@@ -68,7 +70,8 @@ class Conditions:
         device_name: in words.
         dtype: of the weights.
         extent: what torch compiles in one piece; None for eager only.
-        repeats: timed forwards of each network.
+        repeats: turns in which each network is timed.
+        in_a_row: forwards of a turn.
         versions: of Python and the packages.
     """
 
@@ -78,6 +81,7 @@ class Conditions:
     dtype: str
     extent: Extent | None
     repeats: int
+    in_a_row: int
     versions: dict[str, str]
 
 
@@ -99,7 +103,6 @@ def conditions(settings: Settings) -> Conditions:
     dtype = settings.dtype or ("float16" if device.type == "cuda" else "float32")
     if on_onnxruntime:
         _check_onnxruntime(settings, device, dtype)
-    repeats = settings.repeats or (20 if device.type == "cuda" else 5)
     extent = settings.extent or ("blocks" if device.type == "cuda" else "no")
     return Conditions(
         found,
@@ -107,7 +110,8 @@ def conditions(settings: Settings) -> Conditions:
         measure.device_name(device),
         dtype,
         None if extent == "no" else extent,
-        repeats,
+        settings.repeats or (20 if device.type == "cuda" else 5),
+        settings.in_a_row or (4 if device.type == "cuda" else 1),
         measure.versions(),
     )
 

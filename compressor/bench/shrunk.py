@@ -122,8 +122,10 @@ def _timed(bench: _Bench, plans: list[Plan]) -> Iterator[Row]:
 
 
 def _row(bench: _Bench, forward: str, plan: Plan, dense: Any, shrunk: Any, preparing: float) -> Row:
-    warmups = 3 if bench.conditions.device.type == "cuda" else 1
-    times = in_turns({"dense": dense, "shrunk": shrunk}, bench.conditions.repeats, warmups, bench.conditions.device)
+    found = bench.conditions
+    calls = {"dense": dense, "shrunk": shrunk}
+    warmups = 3 if found.device.type == "cuda" else 1
+    times = in_turns(calls, found.repeats, found.in_a_row, warmups, found.device)
     return Row(bench.model.name, forward, plan, times["shrunk"], times["dense"], preparing)
 
 

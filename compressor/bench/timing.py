@@ -16,9 +16,9 @@ class Times:
     """Of one call.
 
     Attributes:
-        seconds: that each call took, on the GPU between events.
-        host: seconds until each call returned; on a GPU the work goes on behind it. Where this comes near `seconds`,
-            Python was measured and not the GPU.
+        seconds: that a call took, the mean of those in a row, for every turn; on a GPU between events.
+        host: seconds until it returned to Python; on a GPU the work goes on behind it. Where both are as long, the GPU
+            may have waited for Python, or Python for the GPU's full queue.
     """
 
     seconds: tuple[float, ...]
@@ -31,13 +31,15 @@ class Times:
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], repeats: int, warmups: int, device: torch.device
+    calls: Mapping[str, Callable[[], object]], repeats: int, in_a_row: int, warmups: int, device: torch.device
 ) -> dict[str, Times]:
     """Times every call `repeats` times, one after the other, in reversed order every other time.
 
     Args:
         calls: by name.
-        repeats: of each call.
+        repeats: turns of each call.
+        in_a_row: calls that are timed as one. On a GPU, several begin behind a call that is not timed, so that the GPU
+            is busy while Python prepares them, as in sampling; a single one begins on an idle GPU.
         warmups: calls of each before, which are not timed.
         device: that they run on.
     """
@@ -50,27 +52,31 @@ def in_turns(
                 call()
         for turn in range(repeats):
             for name in names if turn % 2 == 0 else reversed(names):
-                found[name].append(clock(calls[name]))
+                found[name].append(clock(calls[name], in_a_row))
     return {
         name: Times(tuple(seconds for seconds, _ in pairs), tuple(host for _, host in pairs))
         for name, pairs in found.items()
     }
 
 
-def _on_gpu(call: Callable[[], object]) -> tuple[float, float]:
+def _on_gpu(call: Callable[[], object], in_a_row: int) -> tuple[float, float]:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if in_a_row > 1:
+        call()
     start = time.perf_counter()
     begin.record()
-    call()
+    for _ in range(in_a_row):
+        call()
     end.record()
     host = time.perf_counter() - start
     end.synchronize()
-    return begin.elapsed_time(end) / 1000, host
+    return begin.elapsed_time(end) / 1000 / in_a_row, host / in_a_row
 
 
-def _on_cpu(call: Callable[[], object]) -> tuple[float, float]:
+def _on_cpu(call: Callable[[], object], in_a_row: int) -> tuple[float, float]:
     start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
+    for _ in range(in_a_row):
+        call()
+    seconds = (time.perf_counter() - start) / in_a_row
     return seconds, seconds

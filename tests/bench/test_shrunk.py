@@ -167,9 +167,9 @@ def test_compiled_forwards_compute_what_eager_ones_do(monkeypatch):
 
 def test_calls_are_timed_in_turns_and_in_both_orders():
     seen: list[str] = []
-    calls = {name: partial(seen.append, name) for name in ("dense", "shrunk")}
-    times = timing.in_turns(calls, repeats=3, warmups=1, device=torch.device("cpu"))
-    assert seen == ["dense", "shrunk", "dense", "shrunk", "shrunk", "dense", "dense", "shrunk"]
+    calls = {name: partial(seen.append, name) for name in "ds"}
+    times = timing.in_turns(calls, repeats=3, in_a_row=2, warmups=1, device=torch.device("cpu"))
+    assert seen == [*"ds", *"ddss", *"ssdd", *"ddss"]
     assert all(len(found.seconds) == len(found.host) == 3 for found in times.values())
     assert Times((3.0, 1.0, 2.0), (0.0,) * 3).median == 2.0
 
@@ -177,7 +177,7 @@ def test_calls_are_timed_in_turns_and_in_both_orders():
 def test_the_table_and_the_file_have_each_network_against_dense_of_the_same_turns(monkeypatch):
     fake = iter([(4.0, 1.0), (3.0, 2.0)])  # a row each: dense, shrunk
 
-    def in_turns(calls, repeats, warmups, device):
+    def in_turns(calls, repeats, in_a_row, warmups, device):
         for run in calls.values():
             run()
         dense, smaller = next(fake)
@@ -194,7 +194,8 @@ def test_the_table_and_the_file_have_each_network_against_dense_of_the_same_turn
         ["tiny-sd3", "1", "eager", "2 of 4", "96 of 128"],
     ]
     assert [row[-3:] for row in rows[2:]] == [["4000 ms", "1000 ms", "4.00x"], ["3000 ms", "2000 ms", "1.50x"]]
-    assert "64 x 64 pixels, batch 2, float32" in found.stdout
+    assert "64 x 64 pixels, batch 2, float32; 50 % of heads, 25 % of neurons removed but in" in found.stdout
+    assert "medians of 2 turns, dense and shrunk, 1 forward in a row" in found.stdout
     with open("deep/er.json") as file:
         data = json.load(file)
     assert data["settings"]["multiples"] == [8, 1]
@@ -208,7 +209,7 @@ def test_the_table_and_the_file_have_each_network_against_dense_of_the_same_turn
 
 
 def test_what_was_measured_before_a_failure_is_in_the_file(monkeypatch):
-    def in_turns(calls, repeats, warmups, device):
+    def in_turns(calls, repeats, in_a_row, warmups, device):
         monkeypatch.setattr(shrunk, "in_turns", None)  # fails at the next row
         return {name: Times((1.0,), (1.0,)) for name in calls}
 
