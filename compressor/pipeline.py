@@ -205,7 +205,7 @@ def open_folder(model: Model, *, weights: bool = True) -> Folder:
 
     Args:
         model: which one.
-        weights: whether a model of the hub is fetched with its weights, or only its JSON files.
+        weights: whether a model of the hub is fetched with its weights, or only its JSON files and tokenizers.
 
     Raises:
         CompressorError: if there is no such model, it is no diffusers folder, it lacks the component asked for, an
@@ -332,7 +332,7 @@ def _locate(model: Model, *, weights: bool) -> Path:
         raise CompressorError(f"model.source: no folder '{source}', and it is no hub id of the form org/name")
     try:
         if not weights:
-            return Path(snapshot_download(source, allow_patterns=["*.json"]))
+            return Path(snapshot_download(source, allow_patterns=["*.json", "tokenizer*/*"]))
         return Path(
             DiffusionPipeline.download(source, use_safetensors=True, variant=model.variant or None)  # pyright: ignore
         )

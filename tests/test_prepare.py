@@ -74,7 +74,7 @@ def test_the_size_of_pictures_may_be_given_without_a_calibration(tmp_path):
     assert drawn[0].shape[-2:] == (16, 32)
 
 
-def test_planning_a_model_of_the_hub_fetches_json_files_only(monkeypatch):
+def test_planning_a_model_of_the_hub_fetches_json_files_and_tokenizers_only(monkeypatch):
     asked = {}
 
     def fetch(source, **options):
@@ -83,7 +83,7 @@ def test_planning_a_model_of_the_hub_fetches_json_files_only(monkeypatch):
 
     monkeypatch.setattr(pipeline, "snapshot_download", fetch)
     assert pipeline.open_folder(Model(source="org/name"), weights=False).network == "transformer"
-    assert asked == {"source": "org/name", "allow_patterns": ["*.json"]}
+    assert asked == {"source": "org/name", "allow_patterns": ["*.json", "tokenizer*/*"]}
 
 
 def test_metrics_without_images_are_refused():
