@@ -20,7 +20,6 @@ class KnownModel:
         config: arguments of the diffusers class, where they differ from its defaults.
         depth: those of them that count layers; a list counts each part's.
         tokens: text tokens that the pipeline gives it by default.
-        step: height and width are multiples of so many pixels.
     """
 
     name: str
@@ -28,7 +27,6 @@ class KnownModel:
     config: Mapping[str, Any]
     depth: tuple[str, ...]
     tokens: int
-    step: int
 
     def shortened(self, layers: int | None) -> dict[str, Any]:
         """The config with at most so many layers in each part; None for all of them."""
@@ -55,7 +53,7 @@ def _sd3(name: str, layers: int, heads: int, qk_norm: str | None) -> KnownModel:
         "pos_embed_max_size": 192,
         "qk_norm": qk_norm,
     }
-    return KnownModel(name, "sd3", config, ("num_layers",), tokens=77 + 256, step=16)
+    return KnownModel(name, "sd3", config, ("num_layers",), tokens=77 + 256)
 
 
 _FLUX = {
@@ -94,11 +92,11 @@ _SDXL = {
 MODELS = {
     model.name: model
     for model in (
-        KnownModel("sd2.1", "unet", _SD2, ("transformer_layers_per_block",), tokens=77, step=64),
-        KnownModel("sdxl", "unet", _SDXL, ("transformer_layers_per_block",), tokens=77, step=32),
+        KnownModel("sd2.1", "unet", _SD2, ("transformer_layers_per_block",), tokens=77),
+        KnownModel("sdxl", "unet", _SDXL, ("transformer_layers_per_block",), tokens=77),
         _sd3("sd3-medium", layers=24, heads=24, qk_norm=None),
         _sd3("sd3.5-large", layers=38, heads=38, qk_norm="rms_norm"),
-        KnownModel("flux-dev", "flux", _FLUX, ("num_layers", "num_single_layers"), tokens=512, step=16),
+        KnownModel("flux-dev", "flux", _FLUX, ("num_layers", "num_single_layers"), tokens=512),
     )
 }
 """Every known model by name."""

@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 
-from compressor import measure
+from compressor import measure, registry
 from compressor.bench import forwards, models
 from compressor.bench.forwards import Extent
 from compressor.bench.models import KnownModel
 from compressor.bench.networks import VAE_FACTOR
 from compressor.errors import CompressorError
 from compressor.pipeline import pick_device
+from compressor.structure import Family
 
 Runtime = Literal["torch", "onnxruntime"]
 
@@ -128,12 +129,13 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def _check_size(model: KnownModel, size: int) -> None:
-    most = 2 * VAE_FACTOR * model.config.get("pos_embed_max_size", math.inf)
-    if size % model.step or size > most:
+    family: Family = registry.load("family", model.family)
+    patch = family.patch * VAE_FACTOR
+    step = math.lcm(patch, family.pixels)
+    most = patch * model.config.get(family.most_patches or "", math.inf)
+    if size % step or size > most:
         limit = f" and at most {most}" if size > most else ""
-        raise CompressorError(
-            f"size: should be a multiple of {model.step} pixels{limit} for {model.name}, found {size}"
-        )
+        raise CompressorError(f"size: should be a multiple of {step} pixels{limit} for {model.name}, found {size}")
 
 
 def _check_onnxruntime(settings: Settings, device: torch.device, dtype: str) -> None:

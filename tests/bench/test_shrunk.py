@@ -44,7 +44,6 @@ TINY = {
         },
         ("num_layers",),
         tokens=5,
-        step=16,
     ),
     "tiny-flux": KnownModel(
         "tiny-flux",
@@ -62,7 +61,6 @@ TINY = {
         },
         ("num_layers", "num_single_layers"),
         tokens=5,
-        step=16,
     ),
 }
 
