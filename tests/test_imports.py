@@ -17,7 +17,7 @@ FLOORS = (
     ("shrunk",),
     ("weights", "rehearsal"),
     ("pipeline",),
-    ("calibration", "checkpoint", "report"),
+    ("calibration", "checkpoint", "onnx_files", "report"),
     ("pictures", "measure"),
     ("prepare",),
     ("pruning", "plan"),
@@ -28,7 +28,9 @@ FLOORS = (
 """Modules and packages of `compressor`, lowest first: each may import those of the floors below it, and itself."""
 
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-FOR_PLUGINS = {"plugin", "errors", "options", "registry", "calibration", "structure", "sparsity"}
+FOR_PLUGINS = {
+    *("plugin", "errors", "options", "registry", "calibration", "structure", "sparsity", "onnx_files"),
+}
 FOR_LIBRARIES = {"structure": {"errors"}, "sparsity": set(), "errors": set(), "units": set()}
 FILES = sorted(file for root in ("compressor", "plugins", "exporters") for file in (ROOT / root).rglob("*.py"))
 

@@ -82,8 +82,8 @@ class ONNX(Exporter):
 
         import torch
 
+        from compressor.onnx_files import check, graph, sparse
         from compressor.structure.family import like
-        from compressor_onnx import check, graph, sparse
 
         dtype = getattr(torch, self.dtype)
         tolerance = self.tolerance or TOLERANCES[self.dtype]

@@ -15,13 +15,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from compressor_onnx import ONNX, TOLERANCES, check, graph, mend
+from compressor_onnx import ONNX, TOLERANCES
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
 from compressor import registry
 from compressor.errors import CompressorError
+from compressor.onnx_files import check, graph, mend
 from compressor.sparsity import holds
 from compressor.structure import sd3
 from tests.exporters import networks
@@ -345,7 +346,7 @@ def weight_of(model: ir.Model, name: str) -> ir.Value:
 
 
 def test_a_layer_whose_2_of_4_is_lost_in_the_file_is_named(sparse_sd3, tmp_path, label):
-    from compressor_onnx import sparse
+    from compressor.onnx_files import sparse
 
     name = "transformer_blocks.1.ff.net.0.proj"
     weight = weight_of(sparse_sd3.model, name)
@@ -367,7 +368,7 @@ def test_a_layer_whose_2_of_4_is_lost_in_the_file_is_named(sparse_sd3, tmp_path,
 
 
 def test_a_sparse_layer_that_the_file_lacks_is_named(sparse_sd3, tmp_path, label):
-    from compressor_onnx import sparse
+    from compressor.onnx_files import sparse
 
     name = sparse_sd3.pipeline.targets[0].name
 
@@ -385,7 +386,7 @@ def test_a_sparse_layer_that_the_file_lacks_is_named(sparse_sd3, tmp_path, label
 
 
 def test_a_dense_layer_that_the_file_lacks_is_only_counted(sparse_sd3, tmp_path, label):
-    from compressor_onnx import sparse
+    from compressor.onnx_files import sparse
 
     dense = networks.pipeline_of(networks.sd35_medium()).targets
 

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from compressor_onnx.sparse import pattern, weight_OI
 
+from compressor.onnx_files.sparse import pattern, weight_OI
 from compressor.sparsity import lowest, lowest_of_groups
 
 

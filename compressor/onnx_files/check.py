@@ -11,9 +11,9 @@ import onnxruntime
 import torch
 
 from compressor.errors import CompressorError
+from compressor.onnx_files.graph import Positional, Shape, example
 from compressor.structure import Family
 from compressor.structure.family import like
-from compressor_onnx.graph import Positional, Shape, example
 
 
 def load(file: Path, label: str) -> onnxruntime.InferenceSession:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.onnx_files import mend
 from compressor.structure import Family
-from compressor_onnx import mend
 
 ROOT = "network"
 """What the network is called in the traced module; the scope names in the file begin with it."""

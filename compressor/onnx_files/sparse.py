@@ -16,10 +16,10 @@ from onnx_ir.traversal import RecursiveGraphIterator
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.onnx_files.graph import ROOT
+from compressor.onnx_files.mend import SCOPES
 from compressor.sparsity import holds
 from compressor.structure import Target
-from compressor_onnx.graph import ROOT
-from compressor_onnx.mend import SCOPES
 
 _MOST = 32
 _FULL = 0.9
