@@ -154,8 +154,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ),
         (
             "obs_diff: {granularity: {structured: {heads: 0.3, multiple: 8}}}",
-            ".obs_diff.granularity.structured: multiple has no effect: it is of neurons, and none are removed; heads "
-            "leave as a whole",
+            ".obs_diff.granularity.structured: multiple has no effect: it is of neurons, and none are removed; leave "
+            "it out",
         ),
         (
             "obs_diff: {granularity: {structured: {heads: 30}}}",

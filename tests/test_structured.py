@@ -56,6 +56,11 @@ def test_the_first_and_the_last_block_stay_whole_and_the_others_come_nearest_to_
     assert abs(sum(neurons) - 0.3 * 6 * 192) <= 16
 
 
+def test_heads_may_be_kept_in_even_numbers():
+    found = removals(HeadsAndNeurons(heads=0.3, heads_multiple=2), component(network()))
+    assert list(found.values()) == [2, 2, 2]  # of 6 each; 5.4 of 18 were asked for
+
+
 @pytest.mark.parametrize(("first", "last", "blocks"), [(0, 0, "01234"), (2, 0, "234"), (0, 4, "0"), (1, 3, "1")])
 def test_as_many_blocks_stay_whole_as_asked(first, last, blocks):
     options = HeadsAndNeurons(heads=0.5, keep_first=first, keep_last=last)
@@ -124,7 +129,11 @@ def test_what_cannot_be_removed_is_said(options, words):
         ({}, "should have a share of heads, neurons or both to remove, such as 0.3; found neither"),
         (
             {"heads": 0.3, "multiple": 8},
-            "multiple has no effect: it is of neurons, and none are removed; heads leave as a whole",
+            "multiple has no effect: it is of neurons, and none are removed; leave it out",
+        ),
+        (
+            {"neurons": 0.3, "heads_multiple": 2},
+            "heads_multiple has no effect: no heads are removed; leave it out",
         ),
     ],
 )

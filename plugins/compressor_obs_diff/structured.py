@@ -22,6 +22,9 @@ class HeadsAndNeurons(Structured):
         default=None, gt=0, lt=1, description="the share of the feed-forwards' hidden neurons to remove"
     )
     multiple: int = Field(default=64, ge=1, description="the number of neurons kept is a multiple of this")
+    heads_multiple: int = Field(
+        default=1, ge=1, description="the number of heads that an attention keeps is a multiple of this"
+    )
     keep_first: int = Field(default=1, ge=0, description="how many blocks at the beginning stay whole")
     keep_last: int = Field(default=1, ge=0, description="how many blocks at the end stay whole")
 
@@ -30,7 +33,9 @@ class HeadsAndNeurons(Structured):
         if self.heads is None and self.neurons is None:
             raise ValueError("should have a share of heads, neurons or both to remove, such as 0.3; found neither")
         if self.neurons is None and self.multiple != type(self).model_fields["multiple"].default:
-            raise ValueError("multiple has no effect: it is of neurons, and none are removed; heads leave as a whole")
+            raise ValueError("multiple has no effect: it is of neurons, and none are removed; leave it out")
+        if self.heads is None and self.heads_multiple != type(self).model_fields["heads_multiple"].default:
+            raise ValueError("heads_multiple has no effect: no heads are removed; leave it out")
         return self
 
     def shares(self) -> Mapping[str, float]:
@@ -57,7 +62,7 @@ class HeadsAndNeurons(Structured):
         free = [group for group in within(groups, component.targets) if group.block not in whole]
         found: dict[Group, int] = {}
         for kind, ratio in self.shares().items():
-            multiple = self.multiple if kind == "neurons" else 1
+            multiple = self.multiple if kind == "neurons" else self.heads_multiple
             chosen = [group for group in free if group.kind == kind]
             if not chosen:
                 raise CompressorError(
