@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -149,6 +150,7 @@ def load(folder: Path, files: Iterable[Path], family: Family, dtype: torch.dtype
     if missing := [name for name in expected if name not in tensors]:
         raise CompressorError(f"{folder}: its weights lack {len(missing)} of its tensors, first {missing[0]}")
     module.load_state_dict(tensors, strict=True, assign=True)
+    _compute_buffers(module, cls, config, dtype)
     _check_none_on_meta(module, str(folder))
     network: Any = module
     network.register_to_config(**{KEY: manifest})  # for `save_pretrained`
@@ -157,7 +159,11 @@ def load(folder: Path, files: Iterable[Path], family: Family, dtype: torch.dtype
 
 def _dense(cls: Any, config: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
-        return cls.from_config({key: value for key, value in config.items() if key != KEY}).eval()
+        return _from_config(cls, config).eval()
+
+
+def _from_config(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    return cls.from_config({key: value for key, value in config.items() if key != KEY})
 
 
 def _apply(module: nn.Module, manifest: Mapping[str, Any], family: Family, where: str) -> None:
@@ -279,6 +285,22 @@ def _read(files: Iterable[Path]) -> Iterator[tuple[str, Path, Tensor]]:
                     yield name, file, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CompressorError(f"{file}: truncated or damaged safetensors file: {error}") from None
+
+
+def _compute_buffers(module: nn.Module, cls: Any, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Gives a network those buffers that no file holds, such as the tables of positions of some."""
+    saved = module.state_dict().keys()
+    lacking = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in saved]
+    if not lacking:
+        return
+    with init_empty_weights(include_buffers=False):
+        computed = dict(_from_config(cls, config).named_buffers())
+    for name in lacking:
+        owner, _, key = name.rpartition(".")
+        buffer = computed[name]
+        module.get_submodule(owner).register_buffer(
+            key, buffer.to(dtype) if buffer.is_floating_point() else buffer, persistent=False
+        )
 
 
 def _check_none_on_meta(module: nn.Module, where: str) -> None:

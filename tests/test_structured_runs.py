@@ -335,3 +335,20 @@ def test_a_failed_proof_stops_the_run_and_names_the_layer(tmp_path, monkeypatch)
     )
     assert str(caught.value).endswith(" off; nothing was kept")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "leaving"), [("pixart", {"heads", "neurons"}), ("auraflow", {"heads"})])
+def test_a_network_that_no_family_knows_is_shrunk_saved_and_reloaded(kind, leaving, tmp_path):
+    shares = {
+        key: value for key, value in HALF.items() if key not in ("heads", "neurons", "multiple") or key in leaving
+    }
+    asked = recipe(kind, tmp_path / "out", {"obs_diff": {"granularity": {"structured": shares}}})
+    folder = run(asked, tiny.quiet())
+    found = report.read(folder / "report.json")
+    assert found.structure is not None
+    assert {group.kind for group in found.structure.groups} == leaving
+    assert found.sizes.after.parameters == plan(asked).parameters_after < found.sizes.before.parameters
+    assert any("discovered" in warning or "no family" in warning for warning in found.warnings), found.warnings
+    once, twice = (checkpoint.load(folder, "cpu") for _ in range(2))
+    inputs = once.example_inputs()
+    assert torch.equal(once.module(**inputs, return_dict=False)[0], twice.module(**inputs, return_dict=False)[0])
