@@ -339,9 +339,7 @@ def test_a_failed_proof_stops_the_run_and_names_the_layer(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("kind", "leaving"), [("pixart", {"heads", "neurons"}), ("auraflow", {"heads"})])
 def test_a_network_that_no_family_knows_is_shrunk_saved_and_reloaded(kind, leaving, tmp_path):
-    shares = {
-        key: value for key, value in HALF.items() if key not in ("heads", "neurons", "multiple") or key in leaving
-    }
+    shares = HALF if "neurons" in leaving else {"heads": 0.5, "keep_first": 0, "keep_last": 0}
     asked = recipe(kind, tmp_path / "out", {"obs_diff": {"granularity": {"structured": shares}}})
     folder = run(asked, tiny.quiet())
     found = report.read(folder / "report.json")
