@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, LiteralString, cast
+from typing import Annotated, Any, LiteralString, cast
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _read_bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]i?B|B|)\s*", value, re.IGNORECASE)
+    try:
+        assert match
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    except (AssertionError, ValueError):
+        raise PydanticCustomError("bytes", "should be a size such as 8GiB or 500MB") from None
+
+
+_BYTES_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*[0-9.]+\s*([KMGkmg]?[Ii]?[Bb])?\s*$"},
+    ]
+}
+Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(gt=0), WithJsonSchema(_BYTES_SCHEMA)]
+"""A number of bytes, written as one or as `8GiB`."""
 
 
 class Options(BaseModel):

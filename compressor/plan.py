@@ -10,7 +10,7 @@ from compressor import pipeline as pipelines
 from compressor import prompts
 from compressor.calibration import explain_rank, sampling
 from compressor.calibration.packages import Package, cut
-from compressor.prepare import Entry, check_apart, check_table, enter, shrink_twin, size_of, trace_at
+from compressor.prepare import Entry, check_apart, check_exporters, check_table, enter, shrink_twin, size_of, trace_at
 from compressor.recipe import Recipe
 from compressor.structure import Trace, find_groups, find_targets
 
@@ -128,6 +128,7 @@ def plan(recipe: Recipe) -> Plan:
         CompressorError: as the run would, for a model, layers or prompts that do not fit.
     """
     folder = pipelines.open_folder(recipe.model, weights=False)
+    check_exporters(recipe, folder)
     twin = folder.twin()
     given = recipe.calibration
     height, width = size_of(recipe, folder)

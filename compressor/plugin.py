@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compressor.calibration import Calibration
-    from compressor.pipeline import Pipeline
+    from compressor.pipeline import Folder, Pipeline
     from compressor.structure import Component, Group, Target
 
 MomentKind = Literal["none", "norms", "second"]
@@ -227,6 +227,16 @@ class Exporter(Options, ABC):
     @abstractmethod
     def available(self) -> str | None:
         """None if everything it needs is installed, else one line that says how to install it."""
+
+    def check(self, folder: Folder) -> None:
+        """Refuses a model that these options do not suit; asked before the model is loaded.
+
+        Args:
+            folder: the model's, as read from its JSON files.
+
+        Raises:
+            CompressorError: saying which option should be what.
+        """
 
     @abstractmethod
     def export(self, pipeline: Pipeline, folder: Path) -> Export:

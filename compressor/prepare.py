@@ -146,8 +146,9 @@ def prepare(
     with watch.phase("load"):
         calibrating, drawing = _read_prompts(recipe)
         metrics = _choose_metrics(recipe)
-        _check_exporters(recipe)
+        _check_installed(recipe)
         folder = pipelines.open_folder(recipe.model)
+        check_exporters(recipe, folder)
         claim(output, folder.path, overwrite)
         twin = folder.twin()
         seen = trace_at(twin, recipe, folder)
@@ -177,6 +178,19 @@ def prepare(
 def trace_at(twin: nn.Module, recipe: Recipe, folder: pipelines.Folder) -> Trace:
     """One forward of the meta-device twin, as `folder.twin()` makes it, at the size that the recipe calibrates at."""
     return trace(twin, folder.family, **_dimensions(recipe, folder))
+
+
+def check_exporters(recipe: Recipe, folder: pipelines.Folder) -> None:
+    """Lets each exporter look at the model.
+
+    Raises:
+        CompressorError: naming the first one whose options do not suit it.
+    """
+    for i, exporter in enumerate(recipe.export):
+        try:
+            exporter.check(folder)
+        except CompressorError as error:
+            raise CompressorError(f"export[{i}].{Choice('exporter').name(exporter)}.{error}") from None
 
 
 def check_table(entries: tuple[Entry, ...], recipe: Recipe, folder: pipelines.Folder) -> tuple[str, ...]:
@@ -244,7 +258,7 @@ def _choose_metrics(recipe: Recipe) -> dict[str, Metric]:
     return {name: metric for name, metric in every.items() if metric.applies(recipe.model.source)}
 
 
-def _check_exporters(recipe: Recipe) -> None:
+def _check_installed(recipe: Recipe) -> None:
     for i, exporter in enumerate(recipe.export):
         if (missing := exporter.available()) is not None:
             raise CompressorError(f"export[{i}]: {missing}")

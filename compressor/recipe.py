@@ -6,36 +6,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from compressor import located_yaml
 from compressor.errors import CompressorError
-from compressor.options import Options, suggest
+from compressor.options import Bytes, Options, suggest
 from compressor.plugin import Exporter, Metric, Pruner
 from compressor.registry import Choice, find
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _read_bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]i?B|B|)\s*", value, re.IGNORECASE)
-    try:
-        assert match
-        return int(float(match[1]) * _UNITS[match[2].upper()])
-    except (AssertionError, ValueError):
-        raise PydanticCustomError("bytes", "should be a size such as 8GiB or 500MB") from None
-
-
-_BYTES_SCHEMA = {
-    "anyOf": [
-        {"type": "integer", "exclusiveMinimum": 0},
-        {"type": "string", "pattern": r"^\s*[0-9.]+\s*([KMGkmg]?[Ii]?[Bb])?\s*$"},
-    ]
-}
-Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(gt=0), WithJsonSchema(_BYTES_SCHEMA)]
 
 
 def _named(key: str) -> BeforeValidator:
