@@ -95,6 +95,8 @@ def default_of(field: FieldInfo) -> str:
         return "none"
     if isinstance(field.default, tuple):
         return f"`[{', '.join(field.default)}]`"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
     return "its own defaults" if isinstance(field.default, Options) else f"`{field.default}`"
 
 
@@ -117,7 +119,7 @@ def _type(annotation: object, metadata: list[object]) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Options):
         return annotation.__name__
     assert isinstance(annotation, type)
-    return {"str": "text", "int": "whole number", "float": "number"}[annotation.__name__]
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}[annotation.__name__]
 
 
 def _bounded(text: str, metadata: list[object]) -> str:

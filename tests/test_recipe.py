@@ -137,7 +137,11 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ),
         (
             "obs_diff: {block: 64, granularity: {structured: {heads: 0.3}}}",
-            ".obs_diff: block has no effect: heads and neurons are chosen one by one; leave it out",
+            ".obs_diff: block has no effect: heads and neurons are chosen one by one and fitted anew; leave it out",
+        ),
+        (
+            "obs_diff: {sparsity: 0.5, solver: admm, block: 64}",
+            ".obs_diff: block has no effect: solver admm has no blocks; leave it out",
         ),
         (
             "obs_diff: {sparsity: 0.3, fusion: rank_fusion}",
@@ -185,7 +189,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ("obs_diff: {sparsity: 0.5, dampng: 1}", ".obs_diff.dampng: unknown key; did you mean 'damping'?"),
         (
             "obs_diff: {sparsity: 0.5, xyz: 1}",
-            ".obs_diff.xyz: unknown key; known: sparsity, granularity, weighting, damping, block, fusion",
+            ".obs_diff.xyz: unknown key; known: sparsity, granularity, weighting, solver, refit, damping, "
+            "block, fusion",
         ),
         ("magnitud: {sparsity: 0.5}", ": no pruner named 'magnitud'; did you mean 'magnitude'?"),
         (

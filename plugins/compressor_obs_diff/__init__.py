@@ -37,6 +37,12 @@ class OBSDiff(Pruner):
     weighting: Annotated[Weighting, Choice("weighting")] = Field(
         default="log_decrease", validate_default=True, description="how much each inference step counts"
     )
+    solver: Literal["obs", "admm"] = Field(
+        default="obs", description="how single weights and N:M are chosen: by the paper's sweep, or by ADMM"
+    )
+    refit: bool = Field(
+        default=False, description="fit the weights that are left anew, by least squares; of single weights and N:M"
+    )
     damping: float = Field(
         default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
     )
@@ -51,10 +57,16 @@ class OBSDiff(Pruner):
     def _check_effects(self) -> Any:
         check_sparsity(self.granularity, self.sparsity)
         structured = isinstance(self.granularity, Structured)
-        if structured and self.block != type(self).model_fields["block"].default:
-            raise ValueError("block has no effect: heads and neurons are chosen one by one; leave it out")
-        if not structured and self.fusion != type(self).model_fields["fusion"].default:
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        for name in ("solver", "refit", "block"):
+            if structured and getattr(self, name) != default[name]:
+                raise ValueError(
+                    f"{name} has no effect: heads and neurons are chosen one by one and fitted anew; leave it out"
+                )
+        if not structured and self.fusion != default["fusion"]:
             raise ValueError("fusion has no effect: only heads are shared by two streams; leave it out")
+        if self.solver != "obs" and self.block != default["block"]:
+            raise ValueError(f"block has no effect: solver {self.solver} has no blocks; leave it out")
         return self
 
     def check(self, targets: Sequence[Target]) -> None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.plugin import Elementwise, LayerResult
-from compressor_obs_diff.solver import factorise, relative_error, sweep
+from compressor_obs_diff.least_squares import fit
+from compressor_obs_diff.solver import relative_error
+from compressor_obs_diff.solvers import SOLVERS, Problem
 
 if TYPE_CHECKING:
     from compressor.calibration import Moments, Package
@@ -21,7 +23,7 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
     """Prunes every layer of a package in place, freeing each group's moments when its layers are done.
 
     Args:
-        options: sparsity, an elementwise granularity, damping and block.
+        options: sparsity, an elementwise granularity, solver, refit, damping and block.
         package: the layers, grouped by the input they share.
         moments: by group; emptied.
     """
@@ -31,12 +33,16 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
         start = time.perf_counter()
         second_II = moments.pop(group.name).second_II
         assert second_II is not None
-        factor = factorise(second_II, options.damping, group.targets[0].name)
+        name = group.targets[0].name
+        problem = Problem(second_II, options.damping, granularity, options.sparsity, options.block, name)
+        factor = problem.factor
         notes = _explain(factor.damping, options.damping, factor.dtype)
         for target in group.targets:
             weight = target.module.weight
             old_OI = weight.detach().to(torch.float32, copy=True)
-            new_OI, _ = sweep(old_OI, factor.upper_II, granularity, options.sparsity, options.block)
+            new_OI, removed_OI = SOLVERS[options.solver](old_OI, problem)
+            if options.refit:
+                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI).weight_OI
             weight.copy_(new_OI)
             now = time.perf_counter()
             yield LayerResult(

@@ -1,0 +1,74 @@
+"""The best weights on a given mask: exact least squares, all rows at once.
+
+With the mask fixed, each row w of a layer has a problem of its own, min (w - w0) H (w - w0)^T with w = 0 where the mask
+says so. Its solution is H_KK^-1 (H w0)_K on the kept columns K, another K in every row. Conjugate gradients solve all
+rows together with one product by H a step, as proposed for pruning by Meng et al., "ALPS" (NeurIPS 2024).
+"""
+
+# Shapes: O outputs, I inputs.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-5
+"""Of a row's residual, relative to its right-hand side."""
+MOST_STEPS = 500
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights on a mask.
+
+    Attributes:
+        weight_OI: zero where the mask says so.
+        residual: the largest of any row, relative to its right-hand side; above `TOLERANCE` only after `MOST_STEPS`.
+        steps: products by the Hessian.
+    """
+
+    weight_OI: Tensor
+    residual: float
+    steps: int
+
+
+def fit(weight_OI: Tensor, hessian_II: Tensor, removed_OI: Tensor, start_OI: Tensor | None = None) -> Fitted:
+    """Fits the weights that are left to the dense layer's outputs.
+
+    Args:
+        weight_OI: the dense weights, float32 or float64. Not changed.
+        hessian_II: damped, symmetric, positive definite, of the same dtype. Not changed.
+        removed_OI: True where a weight is to be zero.
+        start_OI: weights to begin from, zero where `removed_OI`; the dense ones on the mask if none.
+
+    Returns:
+        Never a larger (w - w0) H (w - w0)^T in any row than that of the start.
+    """
+    diagonal_I = hessian_II.diagonal()
+    wanted_OI = (weight_OI @ hessian_II).masked_fill_(removed_OI, 0)
+    norm_O = wanted_OI.norm(dim=1).clamp(min=torch.finfo(wanted_OI.dtype).tiny)
+    x_OI = (weight_OI if start_OI is None else start_OI).masked_fill(removed_OI, 0)
+    residual_OI = wanted_OI - (x_OI @ hessian_II).masked_fill_(removed_OI, 0)
+    scaled_OI = residual_OI / diagonal_I
+    direction_OI = scaled_OI.clone()
+    rho_O = (residual_OI * scaled_OI).sum(1)
+    worst = (residual_OI.norm(dim=1) / norm_O).max().item()
+    steps = 0
+    while worst > TOLERANCE and steps < MOST_STEPS:
+        product_OI = (direction_OI @ hessian_II).masked_fill_(removed_OI, 0)
+        curvature_O = (direction_OI * product_OI).sum(1)
+        # a row that has arrived stands still
+        alpha_O = torch.where(curvature_O > 0, rho_O / curvature_O, 0)
+        x_OI += alpha_O[:, None] * direction_OI
+        residual_OI -= alpha_O[:, None] * product_OI
+        scaled_OI = residual_OI / diagonal_I
+        next_O = (residual_OI * scaled_OI).sum(1)
+        beta_O = torch.where(rho_O > 0, next_O / rho_O, 0)
+        direction_OI = scaled_OI + beta_O[:, None] * direction_OI
+        rho_O = next_O
+        steps += 1
+        if steps % 10 == 0:  # looking at it waits for the GPU
+            worst = (residual_OI.norm(dim=1) / norm_O).max().item()
+    return Fitted(x_OI, worst, steps)
