@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from compressor import builtin
 from compressor.plugin import Samples
 from compressor.report import measure
 from compressor.report.shapes import Shapes
@@ -63,5 +64,5 @@ def test_captions_that_the_judge_cannot_read_cost_its_figures_and_not_the_run(dr
 
 
 def test_the_judge_is_for_coloured_shapes_alone():
-    assert Shapes().applies("builtin:shapes")
+    assert all(Shapes().applies(f"builtin:{name}") for name in builtin.names())
     assert not Shapes().applies("stabilityai/stable-diffusion-3-medium-diffusers")
