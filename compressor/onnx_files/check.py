@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
 import torch
+from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.onnx_files.graph import Positional, Shape, example
-from compressor.structure import Family
+from compressor.onnx_files.graph import Positional, example
+from compressor.onnx_files.pieces import Piece, Shape
 from compressor.structure.family import like
 
 
@@ -33,7 +33,7 @@ def load(file: Path, label: str) -> onnxruntime.InferenceSession:
 def compare(
     runtime: onnxruntime.InferenceSession,
     reference: Any,
-    family: Family,
+    piece: Piece,
     shape: Shape,
     dtype: torch.dtype,
     tolerance: float,
@@ -44,44 +44,39 @@ def compare(
     Args:
         runtime: the loaded file.
         reference: the network on the CPU, in the file's dtype or in float32.
-        family: makes the inputs.
+        piece: makes the inputs and names the outputs.
         shape: their sizes.
         dtype: of the file.
         tolerance: largest relative L2, ||file - torch|| / ||torch||.
         label: what messages call the file.
 
     Returns:
-        The shape and the relative L2.
+        The sizes that matter to the piece, and the relative L2; of several outputs, the largest.
 
     Raises:
         CompressorError: if the file does not run, its output is not finite or of another shape, or it differs by more.
     """
-    inputs = example(family, reference, shape, dtype, seed=1)
+    inputs = example(piece, reference, shape, dtype, seed=1)
     _, wide = like(reference)
     arguments = [tensor.to(wide) if tensor.dtype is dtype else tensor for tensor in inputs.values()]
     with torch.no_grad():
-        expected = Positional(reference, tuple(inputs))(*arguments).double()
+        expected = Positional(piece, reference, tuple(inputs))(*arguments)
     try:
-        outputs = runtime.run(None, {path[-1]: tensor.numpy() for path, tensor in inputs.items()})
+        found = runtime.run(None, {path[-1]: tensor.numpy() for path, tensor in inputs.items()})
     except Exception as error:  # as above
         raise CompressorError(f"{label}: onnxruntime cannot run it at {shape}: {_first_line(error)}") from error
-    found = torch.from_numpy(outputs[0]).double()
-    if found.shape != expected.shape:
-        raise CompressorError(
-            f"{label}: output at {shape} has the shape {tuple(found.shape)}, "
-            f"should have {tuple(expected.shape)} as in torch"
-        )
-    if not found.isfinite().all() and expected.isfinite().all():
-        hint = "; float16 overflows in this network, export it as float32" if dtype is torch.float16 else ""
-        raise CompressorError(f"{label}: output at {shape} is not finite, in torch it is{hint}")
-    difference, scale = float((found - expected).norm()), float(expected.norm())
-    relative = difference / scale if scale else difference
-    if not relative <= tolerance:
-        raise CompressorError(
-            f"{label}: onnxruntime differs from torch by a relative L2 of {relative:.2e} at {shape}; "
-            f"should be at most {tolerance:.0e}"
-        )
-    return {"shape": asdict(shape), "relative_l2": relative}
+    worst = 0.0
+    for name, right, array in zip(piece.outputs, expected, found, strict=True):
+        where = "output" if len(expected) == 1 else f"output {name}"
+        relative = _distance(torch.from_numpy(array).double(), right.double(), f"{label}: {where} at {shape}", dtype)
+        if not relative <= tolerance:
+            several = "" if len(expected) == 1 else f"in {name} "
+            raise CompressorError(
+                f"{label}: onnxruntime differs from torch {several}by a relative L2 of {relative:.2e} at {shape}; "
+                f"should be at most {tolerance:.0e}"
+            )
+        worst = max(worst, relative)
+    return {"shape": {name: getattr(shape, name) for name in piece.sizes}, "relative_l2": worst}
 
 
 def opset(file: Path, asked: int | None, label: str) -> int:
@@ -97,6 +92,18 @@ def opset(file: Path, asked: int | None, label: str) -> int:
             f"ask for {written} or leave opset out"
         )
     return written
+
+
+def _distance(found: Tensor, expected: Tensor, where: str, dtype: torch.dtype) -> float:
+    if found.shape != expected.shape:
+        raise CompressorError(
+            f"{where} has the shape {tuple(found.shape)}, should have {tuple(expected.shape)} as in torch"
+        )
+    if not found.isfinite().all() and expected.isfinite().all():
+        hint = "; float16 overflows in this network, export it as float32" if dtype is torch.float16 else ""
+        raise CompressorError(f"{where} is not finite, in torch it is{hint}")
+    difference, scale = float((found - expected).norm()), float(expected.norm())
+    return difference / scale if scale else difference
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.onnx_files import mend
-from compressor.structure import Family
+from compressor.onnx_files.pieces import Piece, Shape
 
 ROOT = "network"
 """What the network is called in the traced module; the scope names in the file begin with it."""
-
-OUTPUTS = {"unet": "out_sample"}
-"""Name of the output by family, as optimum-onnx reads it; that of any transformer is `out_hidden_states`."""
 
 FLOAT32_INPUTS = frozenset({"timestep", "guidance", "time_ids", "img_ids", "txt_ids"})
 """Times, sizes and positions. A scheduler gives times as float32 and float16 would round them: 987.6 becomes 987.5."""
@@ -37,41 +34,21 @@ _CHATTER = {
 """Loggers that are held back while torch exports, and up to where."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes that an input is made for.
-
-    Attributes:
-        batch: samples.
-        height: latent rows.
-        width: latent columns.
-        sequence: text tokens.
-    """
-
-    batch: int
-    height: int
-    width: int
-    sequence: int
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {size}" for name, size in asdict(self).items())
-
-
-def traced_shape(network: Any, batch: int, height: int | None, width: int | None, sequence: int) -> Shape:
+def traced_shape(piece: Piece, batch: int, height: int | None, width: int | None, sequence: int) -> Shape:
     """The shape to trace at.
 
     Args:
-        network: a diffusers model; its config says which sizes it takes.
+        piece: its module's config says which sizes it takes.
         batch: samples.
         height: latent rows, or None for a small default.
         width: latent columns, or None for a small default.
-        sequence: text tokens.
+        sequence: text tokens; fewer if the piece takes no more.
 
     Raises:
-        CompressorError: if the network does not take this height or width, or it is too small to stand for others.
+        CompressorError: if the piece does not take this height or width, or it is too small to stand for others.
     """
-    unit, most = _unit(network.config), _most(network.config)
-    own = network.config.get("sample_size") or _TRACED_SIDE
+    unit, most = piece.unit, piece.most
+    own = piece.module.config.get("sample_size") or _TRACED_SIDE if "height" in piece.sizes else _TRACED_SIDE
     rows, columns = (own, own) if isinstance(own, int) else own
     sides = {
         "height": height or max(2 * unit, min(rows, _TRACED_SIDE) // unit * unit),
@@ -81,48 +58,52 @@ def traced_shape(network: Any, batch: int, height: int | None, width: int | None
         if side % unit or not 2 * unit <= side <= most:
             limit = f" and at most {most}" if side > most else ""
             raise CompressorError(
-                f"{name} {side} does not suit this {type(network).__name__}; "
+                f"{name} {side} does not suit this {type(piece.module).__name__}; "
                 f"should be a multiple of {unit}, at least {2 * unit}{limit}"
             )
-    return Shape(batch, sides["height"], sides["width"], sequence)
+    return Shape(batch, sides["height"], sides["width"], int(min(sequence, piece.longest)))
 
 
-def other_shape(network: Any, shape: Shape) -> Shape:
-    """A shape of more samples and tokens, fewer columns and more rows; fewer if the network takes no more."""
-    unit = _unit(network.config)
-    height = shape.height + (unit if shape.height + unit <= _most(network.config) else -unit)
-    return Shape(shape.batch + 1, height, max(unit, shape.width - 2 * unit), shape.sequence + 5)
+def other_shape(piece: Piece, shape: Shape) -> Shape:
+    """A shape of more samples and tokens, fewer columns and more rows; fewer if the piece takes no more."""
+    unit = piece.unit
+    height = shape.height + (unit if shape.height + unit <= piece.most else -unit)
+    sequence = shape.sequence + (5 if shape.sequence + 5 <= piece.longest else -1)
+    return Shape(shape.batch + 1, height, max(unit, shape.width - 2 * unit), sequence)
 
 
 def copy_of(network: Any, dtype: torch.dtype) -> Any:
     """The network on the CPU in `dtype`, ready for inference; `network` is not changed.
 
     Weights that are there already in that dtype are shared, the others are cast one by one, so that there is never a
-    second copy in the old dtype.
+    second copy in the old dtype. What its class keeps in float32, such as T5's last projections, stays so in float16.
     """
     memo: dict[int, Any] = {}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(_cast(parameter.detach(), dtype, "cpu"), requires_grad=False)
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype is torch.float16 else set()
+    for name, parameter in network.named_parameters():
+        own = torch.float32 if kept.intersection(name.split(".")) else dtype
+        memo[id(parameter)] = nn.Parameter(_cast(parameter.detach(), own, "cpu"), requires_grad=False)
     for buffer in network.buffers():
         memo[id(buffer)] = _cast(buffer, dtype, "cpu")
     return copy.deepcopy(network, memo).eval()
 
 
 def write_config(network: Any, file: Path) -> None:
-    """Writes diffusers' `config.json` of a network, without the path that it was loaded from."""
-    config = json.loads(network.to_json_string())
+    """Writes the `config.json` of a component, without the path that it was loaded from."""
+    owner = network.config if hasattr(network.config, "to_json_string") else network  # transformers, diffusers
+    config = json.loads(owner.to_json_string())
     config.pop("_name_or_path", None)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def example(family: Family, network: Any, shape: Shape, dtype: torch.dtype, seed: int) -> dict[tuple[str, ...], Tensor]:
-    """Random inputs of the network as the file takes them.
+def example(piece: Piece, network: Any, shape: Shape, dtype: torch.dtype, seed: int) -> dict[tuple[str, ...], Tensor]:
+    """Random inputs as the file takes them.
 
     Args:
-        family: makes them.
-        network: on the CPU.
+        piece: makes them.
+        network: a copy of its module, on the CPU.
         shape: their sizes.
-        dtype: theirs, except that times, sizes and positions are float32.
+        dtype: theirs, except that times, sizes and positions are float32, and tokens are whole numbers.
         seed: of the random numbers; torch's global generator is left as it was.
 
     Returns:
@@ -130,7 +111,7 @@ def example(family: Family, network: Any, shape: Shape, dtype: torch.dtype, seed
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = family.inputs(network, **asdict(shape))
+        made = piece.inputs(network, shape)
     inputs: dict[tuple[str, ...], Tensor] = {}
     for name, value in made.items():
         if isinstance(value, Mapping):
@@ -144,35 +125,36 @@ def example(family: Family, network: Any, shape: Shape, dtype: torch.dtype, seed
 
 
 class Positional(nn.Module):
-    """A network that takes its inputs in order and returns one tensor: ONNX names inputs by their place.
+    """A module that takes its inputs in order and returns a tuple of tensors: ONNX names inputs by their place.
 
     Args:
-        network: a diffusers model.
+        piece: says how to call it.
+        network: a copy of the piece's module.
         paths: where each input goes, as from `example`.
     """
 
-    def __init__(self, network: nn.Module, paths: tuple[tuple[str, ...], ...]) -> None:
+    def __init__(self, piece: Piece, network: nn.Module, paths: tuple[tuple[str, ...], ...]) -> None:
         super().__init__()
         setattr(self, ROOT, network)
-        self.paths = paths
+        self.call, self.paths = piece.call, paths
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Calls the network and takes the sample out of its result."""
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Calls the network and takes the tensors out of its result."""
         arguments: dict[str, Any] = {}
         for path, tensor in zip(self.paths, tensors, strict=True):
             if len(path) == 2:
                 arguments.setdefault(path[0], {})[path[1]] = tensor
             else:
                 arguments[path[0]] = tensor
-        return getattr(self, ROOT)(**arguments, return_dict=False)[0]
+        return self.call(getattr(self, ROOT), arguments)
 
 
-def write(network: Any, family: Family, shape: Shape, dtype: torch.dtype, opset: int | None, file: Path) -> None:
-    """Traces the network and writes it; above 2 GB the weights go into a file beside it.
+def write(piece: Piece, network: Any, shape: Shape, dtype: torch.dtype, opset: int | None, file: Path) -> None:
+    """Traces a piece and writes it; above 2 GB the weights go into a file beside it.
 
     Args:
-        network: on the CPU, in `dtype`, in inference mode.
-        family: makes the inputs.
+        piece: names inputs and outputs.
+        network: a copy of its module, on the CPU, in `dtype`, in inference mode.
         shape: to trace at; every size of it is dynamic in the file.
         dtype: of the file.
         opset: or None for torch's default.
@@ -181,20 +163,20 @@ def write(network: Any, family: Family, shape: Shape, dtype: torch.dtype, opset:
     Raises:
         CompressorError: if torch cannot export this network.
     """
-    inputs = example(family, network, shape, dtype, seed=0)
-    names = [path[-1] for path in inputs]
+    inputs = example(piece, network, shape, dtype, seed=0)
+    axes = _dynamic_axes(piece, network, shape)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                Positional(network, tuple(inputs)).eval(),
+                Positional(piece, network, tuple(inputs)).eval(),
                 tuple(inputs.values()),
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                input_names=names,
-                output_names=[OUTPUTS.get(family.name, "out_hidden_states")],
+                input_names=[path[-1] for path in inputs],
+                output_names=list(piece.outputs),
                 custom_translation_table=mend.TRANSLATIONS,
-                dynamic_shapes=(_dynamic_axes(family, network, shape),),
+                dynamic_shapes=(axes,),
             )
     except (torch.onnx.errors.OnnxExporterError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -203,38 +185,26 @@ def write(network: Any, family: Family, shape: Shape, dtype: torch.dtype, opset:
             f"{'' if opset is None else f', opset {opset}'}: {reason}"
         ) from error
     assert program is not None  # only without dynamo
-    mend.apply(program.model)
+    mend.apply(program.model, [axes[0] if own is None else own for own in piece.outputs.values()])
     program.save(file)
-
-
-def _unit(config: Any) -> int:
-    """Latent rows and columns come in multiples of this: a U-Net halves them, a transformer packs them in patches."""
-    if "block_out_channels" in config:
-        return 2 ** (len(config["block_out_channels"]) - 1)
-    return max(2, config.get("patch_size", 1))
-
-
-def _most(config: Any) -> float:
-    """The most latent rows or columns that the network has positions for."""
-    return config["pos_embed_max_size"] * config["patch_size"] if config.get("pos_embed_max_size") else float("inf")
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: str | None = None) -> Tensor:
     return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
 
 
-def _dynamic_axes(family: Family, network: Any, shape: Shape) -> tuple[dict[int, str], ...]:
+def _dynamic_axes(piece: Piece, network: Any, shape: Shape) -> tuple[dict[int, str], ...]:
     """Names every axis that changes with the batch, height, width or sequence, input by input.
 
-    Found by asking the family for inputs of slightly larger sizes. An axis that changes with several of them, such as
-    Flux's packed latents, is called after all, `height_width`.
+    Found by asking for inputs of slightly other sizes. An axis that changes with several of them, such as Flux's packed
+    latents, is called after all, `height_width`.
     """
-    unit = _unit(network.config)
-    base = example(family, network, shape, torch.float32, seed=0)
+    base = example(piece, network, shape, torch.float32, seed=0)
     axes: dict[tuple[str, ...], dict[int, str]] = {path: {} for path in base}
-    for name, size in asdict(shape).items():
-        smaller = replace(shape, **{name: size - (unit if name in ("height", "width") else 1)})
-        for path, tensor in example(family, network, smaller, torch.float32, seed=0).items():
+    for name in piece.sizes:
+        step = piece.unit if name in ("height", "width") else 1
+        smaller = replace(shape, **{name: getattr(shape, name) - step})
+        for path, tensor in example(piece, network, smaller, torch.float32, seed=0).items():
             for axis, (now, then) in enumerate(zip(base[path].shape, tensor.shape, strict=True)):
                 if now != then:
                     axes[path][axis] = f"{axes[path][axis]}_{name}" if axis in axes[path] else name

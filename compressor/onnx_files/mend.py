@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,11 @@ TRANSLATIONS = {operator.floordiv: floor_divide}
 """What torch's exporter is told to write in place of its own translation."""
 
 
-def apply(model: ir.Model) -> None:
-    """Applies every mend to the model, in place."""
+def apply(model: ir.Model, axes: Sequence[Mapping[int, str]]) -> None:
+    """Applies every mend to the model, in place; `axes` names those axes of each output that are dynamic."""
     narrow_doubles(model)
     unify_concats(model)
-    name_outputs(model)
+    name_outputs(model, axes)
     drop_traces(model)
 
 
@@ -73,18 +74,19 @@ def unify_concats(model: ir.Model) -> None:
             node.replace_input_with(index, cast.outputs[0])
 
 
-def name_outputs(model: ir.Model) -> None:
-    """Gives the output the axis names of the first input, whose shape a denoiser's output has.
+def name_outputs(model: ir.Model, axes: Sequence[Mapping[int, str]]) -> None:
+    """Gives the outputs' axes names that can be read: torch calls them `2*(((height - 1)//2)) + 2`.
 
-    torch names them by how they are computed: `2*(((height - 1)//2)) + 2`.
+    As in optimum-onnx's files, such a name is that of an input's axis, or computes from it: `height * 8`.
     """
-    first = model.graph.inputs[0].shape
-    for output in model.graph.outputs:
-        if first is None or output.shape is None or len(first) != len(output.shape):
-            continue
-        output.shape = ir.Shape(
-            [of if isinstance(own, ir.SymbolicDim) else own for own, of in zip(output.shape, first, strict=True)]
-        )
+    for output, names in zip(model.graph.outputs, axes, strict=True):
+        if output.shape is not None:
+            output.shape = ir.Shape(
+                [
+                    names.get(axis) if isinstance(size, ir.SymbolicDim) and axis in names else size
+                    for axis, size in enumerate(output.shape)
+                ]
+            )
 
 
 def drop_traces(model: ir.Model) -> None:

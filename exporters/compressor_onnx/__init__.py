@@ -1,10 +1,11 @@
-"""Exporter `onnx`: the pruned network as an ONNX file, proven against torch before anyone relies on it."""
+"""Exporter `onnx`: the pruned pipeline as ONNX files, each proven against torch before anyone relies on it."""
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -12,24 +13,35 @@ from compressor.errors import CompressorError
 from compressor.plugin import Export, Exporter
 
 if TYPE_CHECKING:
+    from compressor.onnx_files.pieces import Piece
+    from compressor.onnx_files.writing import Settings
     from compressor.pipeline import Pipeline
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
-TOLERANCES = {"float32": 2e-5, "float16": 1e-2}
-"""Relative L2 between onnxruntime and torch that is let pass, by dtype of the file; some eight times what was measured
-over all families (2.4e-6 and 1.4e-3)."""
+ComponentName = Literal[
+    "transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "vae_encoder", "vae_decoder"
+]
 
 
 class ONNX(Exporter):
-    """Writes the pruned network as ONNX with dynamic batch, height, width and text length, and checks the file.
+    """Writes the pipeline as ONNX files with dynamic batch, height, width and text length, and checks each of them.
 
     onnxruntime must agree with torch on the traced shape and on another one, and every layer that is N:M sparse in
-    torch must be so in the file along the reduction axis. File and input names are those that optimum-onnx reads.
+    torch must be so in the file along the reduction axis. Folders, file and input names are those that optimum-onnx
+    reads.
     """
 
-    dtype: Literal["float32", "float16"] = Field(
-        default="float32", description="of the weights and of the arithmetic in the file"
+    components: tuple[ComponentName, ...] | None = Field(
+        default=None,
+        strict=False,
+        min_length=1,
+        description="what becomes an ONNX file; everything that can if not given: the network, CLIP and T5 encoders, "
+        "both halves of the autoencoder",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32",
+        description="of the weights and of the arithmetic in the files; onnxruntime's CPU provider takes no bfloat16",
     )
     opset: int | None = Field(
         default=None,
@@ -54,65 +66,82 @@ class ONNX(Exporter):
     sequence: int = Field(default=24, ge=2, description="text tokens of the traced shape; the file takes any number")
 
     def available(self) -> str | None:
-        """None if onnx, onnxruntime and onnxscript are installed, else how to install them."""
+        """None if onnx, onnxruntime and onnxscript are installed and take the dtype, else what to do."""
         missing = [name for name in PACKAGES if find_spec(name) is None]
-        if not missing:
-            return None
-        return f'onnx needs {", ".join(missing)}; pip install "diffusion-compressor[onnx]"'
+        if missing:
+            return f'onnx needs {", ".join(missing)}; pip install "diffusion-compressor[onnx]"'
+        if self.dtype == "bfloat16":
+            return (
+                "onnx: dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; "
+                "choose float16 or float32"
+            )
+        return None
 
     def export(self, pipeline: Pipeline, folder: Path) -> Export:
-        """Writes `<component>/model.onnx` and the component's `config.json`, then proves the file.
+        """Writes `<component>/model.onnx` and the component's `config.json`, then proves each file.
+
+        Beside them go `model_index.json`, the tokenizers and the scheduler, so that the folder is a pipeline.
 
         Args:
-            pipeline: its network is not changed; everything is computed on a copy on the CPU, which shares the
+            pipeline: its components are not changed; everything is computed on copies on the CPU, which share the
                 weights where device and dtype are already right.
             folder: exists and is empty.
 
         Returns:
-            The files and the checks: opset, dtype, reference, tolerance, the relative L2 of each shape, how many
-            target layers were found in the file, and for each sparse layer its pattern.
+            The files and, by component, the checks: dtype, opset, inputs and outputs, reference, tolerance, relative L2
+            at each shape, how many target layers were found in the file, and for each sparse layer its pattern.
 
         Raises:
-            CompressorError: if a package is missing, the traced shape does not suit the network, torch cannot export
-                it, the opset is not the one asked for, or onnxruntime or a layer's sparsity differs from torch.
+            CompressorError: if a package is missing, a component cannot be had, the disk is too small, the traced shape
+                does not suit a component, torch cannot export it, the opset is not the one asked for, or onnxruntime
+                or a layer's sparsity differs from torch.
         """
-        problem = self.available()
-        if problem is not None:
+        found, left_out, settings = self._plan(pipeline)
+        from compressor.onnx_files import graph, writing
+
+        writing.check_space(found, settings, folder, shutil.disk_usage(folder).free)
+        checks: dict[str, Any] = {}
+        for piece in found:
+            target = folder / piece.name
+            target.mkdir()
+            graph.write_config(piece.module, target / "config.json")
+            file = target / "model.onnx"
+            checks[piece.name] = writing.write(piece, settings, file) | writing.prove(piece, settings, file)
+        if pipeline.pipe is not None:
+            _copy_rest(pipeline, folder)
+        if left_out:
+            checks["left_out"] = left_out
+        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return Export(tuple(files), checks)
+
+    def verify(self, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
+        """Proves the files of an earlier export again, as `export` did, against the pipeline.
+
+        Args:
+            pipeline: the result that they were written from. Not changed.
+            folder: as `export` left it.
+
+        Raises:
+            CompressorError: as `export`.
+        """
+        found, _, settings = self._plan(pipeline)
+        from compressor.onnx_files import writing
+
+        return {piece.name: writing.prove(piece, settings, folder / piece.name / "model.onnx") for piece in found}
+
+    def _plan(self, pipeline: Pipeline) -> tuple[list[Piece], dict[str, str], Settings]:
+        if (problem := self.available()) is not None:
             raise CompressorError(problem)
+        from compressor.onnx_files import pieces, writing
 
-        import torch
+        settings = writing.Settings(**self.model_dump(exclude={"components"}))
+        return *pieces.find(pipeline, self.components), settings
 
-        from compressor.onnx_files import check, graph, sparse
-        from compressor.structure.family import like
 
-        dtype = getattr(torch, self.dtype)
-        tolerance = self.tolerance or TOLERANCES[self.dtype]
-        shape = graph.traced_shape(pipeline.module, self.batch, self.height, self.width, self.sequence)
-        target = folder / pipeline.component_name
-        target.mkdir()
-        file = target / "model.onnx"
-        network = graph.copy_of(pipeline.module, dtype)
-        graph.write_config(network, target / "config.json")
-        graph.write(network, pipeline.family, shape, dtype, self.opset, file)
-        label = f"{pipeline.component_name}/{file.name}"
-        opset = check.opset(file, self.opset, label)
-
-        reference = network
-        if like(pipeline.module)[1] is torch.float32:
-            reference = graph.copy_of(pipeline.module, torch.float32)
-        del network
-        runtime = check.load(file, label)
-        numeric = [
-            check.compare(runtime, reference, pipeline.family, s, dtype, tolerance, label)
-            for s in (shape, graph.other_shape(pipeline.module, shape))
-        ]
-        checks = {
-            "opset": opset,
-            "dtype": self.dtype,
-            "reference": f"{like(reference)[1]} on the CPU",
-            "tolerance": tolerance,
-            "numeric": numeric,
-            **sparse.verify(file, pipeline.targets, label),
-        }
-        files = tuple(sorted(path.relative_to(folder) for path in target.iterdir()))
-        return Export(files, {pipeline.component_name: checks})
+def _copy_rest(pipeline: Pipeline, folder: Path) -> None:
+    """Copies what of a pipeline is no model: its index, tokenizers and scheduler."""
+    source = pipeline.folder.path
+    shutil.copy2(source / "model_index.json", folder)
+    for name in pipeline.folder.components:
+        if name not in pipeline.stored:
+            shutil.copytree(source / name, folder / name)

@@ -15,14 +15,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from compressor_onnx import ONNX, TOLERANCES
+from compressor_onnx import ONNX
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
 from compressor import registry
 from compressor.errors import CompressorError
-from compressor.onnx_files import check, graph, mend
+from compressor.onnx_files import check, graph, mend, pieces
+from compressor.onnx_files.pieces import Shape
+from compressor.onnx_files.writing import TOLERANCES
 from compressor.sparsity import holds
 from compressor.structure import sd3
 from tests.exporters import networks
@@ -156,17 +158,17 @@ def test_every_family_agrees_in_every_dtype(make, stored, written, reference, tm
 @pytest.mark.parametrize(
     "shape",
     [
-        graph.Shape(1, 2, 2, 1),  # one of everything
-        graph.Shape(1, 6, 10, 3),  # odd numbers of patches: the crop of positions begins at a rounded place
-        graph.Shape(4, 14, 16, 40),
-        graph.Shape(5, 16, 2, 24),  # all the rows there are positions for
+        Shape(1, 2, 2, 1),  # one of everything
+        Shape(1, 6, 10, 3),  # odd numbers of patches: the crop of positions begins at a rounded place
+        Shape(4, 14, 16, 40),
+        Shape(5, 16, 2, 24),  # all the rows there are positions for
     ],
     ids=str,
 )
 def test_the_file_runs_at_any_shape(sparse_sd3, shape, label):
     runtime = check.load(sparse_sd3.file, label)
-    network, family = sparse_sd3.pipeline.module, sparse_sd3.pipeline.family
-    assert check.compare(runtime, network, family, shape, torch.float32, 2e-5, label)["relative_l2"] < 2e-6
+    piece = pieces.network(sparse_sd3.pipeline)
+    assert check.compare(runtime, piece.module, piece, shape, torch.float32, 2e-5, label)["relative_l2"] < 2e-6
 
 
 def test_the_file_names_no_folder_of_this_machine(sparse_sd3):
@@ -199,16 +201,17 @@ def test_a_copy_shares_weights_that_need_no_cast_and_leaves_the_network_as_it_wa
 
 
 def test_example_inputs_leave_the_global_random_numbers_alone():
-    network = networks.sd3_medium()
+    piece = pieces.network(networks.pipeline_of(networks.sd3_medium()))
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    graph.example(sd3.FAMILY, network, graph.Shape(2, 4, 4, 3), torch.float32, seed=0)
+    graph.example(piece, piece.module, Shape(2, 4, 4, 3), torch.float32, seed=0)
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_neighbours_in_a_batch_are_at_different_times():
-    inputs = graph.example(sd3.FAMILY, networks.sd3_medium(), graph.Shape(3, 4, 4, 3), torch.float16, seed=0)
+    piece = pieces.network(networks.pipeline_of(networks.sd3_medium()))
+    inputs = graph.example(piece, piece.module, Shape(3, 4, 4, 3), torch.float16, seed=0)
     time = inputs[("timestep",)]
     assert time.tolist() == [500.0, 437.5, 375.0]
     assert time.dtype is torch.float32
@@ -246,12 +249,13 @@ def set_weight(model: onnx.ModelProto, name: str, value: float) -> None:
     tensor.CopyFrom(numpy_helper.from_array(array, name))
 
 
-SHAPE = graph.Shape(2, 8, 6, 5)
+SHAPE = Shape(2, 8, 6, 5)
 
 
 def compare(file, out, label, *, shape=SHAPE, tolerance=2e-5, dtype=torch.float32, network=None):
     network = network or out.pipeline.module
-    return check.compare(check.load(file, label), network, out.pipeline.family, shape, dtype, tolerance, label)
+    piece = pieces.network(out.pipeline)
+    return check.compare(check.load(file, label), network, piece, shape, dtype, tolerance, label)
 
 
 def test_one_wrong_weight_in_the_file_is_found(sparse_sd3, tmp_path, label):
@@ -467,11 +471,11 @@ def test_a_shape_that_the_network_does_not_take_is_refused(make, options, messag
 
 
 def test_the_other_shape_differs_in_every_size_and_stays_within_the_positions():
-    network = networks.sd3_medium()
+    piece = pieces.network(networks.pipeline_of(networks.sd3_medium()))
     for height in (4, 14, 16):
         for width in (4, 6, 16):
-            shape = graph.traced_shape(network, 2, height, width, 5)
-            other = graph.other_shape(network, shape)
+            shape = graph.traced_shape(piece, 2, height, width, 5)
+            other = graph.other_shape(piece, shape)
             assert other.batch != shape.batch
             assert other.height != shape.height
             assert other.width != shape.width
@@ -481,12 +485,17 @@ def test_the_other_shape_differs_in_every_size_and_stays_within_the_positions():
 
 
 def test_the_default_shape_is_small_whatever_the_models_size():
-    large = SimpleNamespace(config={"sample_size": 128, "patch_size": 2, "pos_embed_max_size": 192})
-    assert graph.traced_shape(large, 2, None, None, 24) == graph.Shape(2, 32, 32, 24)
-    oblong = SimpleNamespace(config={"sample_size": (24, 96), "block_out_channels": (1, 2, 3, 4)})
-    assert graph.traced_shape(oblong, 2, None, None, 24) == graph.Shape(2, 24, 32, 24)
-    unsaid = SimpleNamespace(config={"patch_size": 1})
-    assert graph.traced_shape(unsaid, 2, None, None, 24) == graph.Shape(2, 32, 32, 24)
+    def of(**config: Any) -> pieces.Piece:
+        module: Any = SimpleNamespace(config=config)
+        loaded: Any = SimpleNamespace(component_name="", module=module, family=sd3.FAMILY, targets=())
+        return pieces.network(loaded)
+
+    large = of(sample_size=128, patch_size=2, pos_embed_max_size=192)
+    assert graph.traced_shape(large, 2, None, None, 24) == Shape(2, 32, 32, 24)
+    oblong = of(sample_size=(24, 96), block_out_channels=(1, 2, 3, 4))
+    assert graph.traced_shape(oblong, 2, None, None, 24) == Shape(2, 24, 32, 24)
+    unsaid = of(patch_size=1)
+    assert graph.traced_shape(unsaid, 2, None, None, 24) == Shape(2, 32, 32, 24)
 
 
 def test_missing_packages_are_named_with_how_to_install_them(monkeypatch, tmp_path):
@@ -516,7 +525,9 @@ def test_it_is_found_by_its_entry_point():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "bfloat16"}, "should be 'float32' or 'float16'"),
+        ({"dtype": "int8"}, "should be 'float32', 'float16' or 'bfloat16'"),
+        ({"components": []}, "at least 1 item"),
+        ({"components": ["vae"]}, "should be 'transformer', 'unet', 'text_encoder'"),
         ({"opset": 17}, "greater than or equal to 18"),
         ({"batch": 1}, "greater than or equal to 2"),
         ({"tolerance": 0.0}, "greater than 0"),
@@ -533,7 +544,8 @@ def test_options_without_a_meaning_are_refused(options, message):
 def test_the_stated_tolerances_are_those_in_the_help():
     text = ONNX.model_fields["tolerance"].description or ""
     assert "2e-5 for float32 and 1e-2 for float16" in text
-    assert TOLERANCES == {"float32": 2e-5, "float16": 1e-2}
+    assert TOLERANCES["float32"] == 2e-5
+    assert TOLERANCES["float16"] == 1e-2
 
 
 def test_weights_beside_the_file_are_checked_and_listed_and_move_with_it(tmp_path, monkeypatch, label):
@@ -548,7 +560,7 @@ def test_weights_beside_the_file_are_checked_and_listed_and_move_with_it(tmp_pat
     assert len(export.checks["transformer"]["sparse"]) == len(pipeline.targets)
     shutil.move(tmp_path / "transformer", tmp_path / "moved")
     runtime = check.load(tmp_path / "moved" / "model.onnx", label)
-    check.compare(runtime, pipeline.module, pipeline.family, SHAPE, torch.float16, 1e-2, label)
+    check.compare(runtime, pipeline.module, pieces.network(pipeline), SHAPE, torch.float16, 1e-2, label)
 
 
 def test_a_network_in_training_mode_is_exported_for_inference(sparse_sd3):
