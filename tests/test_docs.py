@@ -113,7 +113,7 @@ def _type(annotation: object, metadata: list[object]) -> str:
         return " or ".join(_type(arg, []) for arg in args if arg is not type(None))
     if origin is tuple:
         item = _type(args[0], [])
-        return f"list of {item}" if item[0].isupper() or item[0] == "`" or item == "text" else f"list of {item.split()[1]}s"
+        return f"list of {item}" if not item[0].islower() or item == "text" else f"list of {item.split()[1]}s"
     if origin is typing.Literal:
         return ", ".join(f"`{arg}`" for arg in args)
     if isinstance(annotation, type) and issubclass(annotation, Options):
