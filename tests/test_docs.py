@@ -16,6 +16,7 @@ import annotated_types
 import jsonschema
 import pytest
 import yaml
+from compressor_tensorrt.profiles import Profile, Range
 from pydantic.fields import FieldInfo
 
 from compressor import recipe, registry
@@ -35,6 +36,8 @@ RECIPE_CLASSES = {
     "`prune`": recipe.Pruning,
     "`targets`": recipe.Targets,
     "`report`": recipe.Report,
+    "Profile": Profile,
+    "Range": Range,
 }
 OUR_KINDS = [kind for kind in registry.KINDS if kind != "family"]
 OUR_PLUGINS = {
@@ -93,6 +96,8 @@ def default_of(field: FieldInfo) -> str:
         return "required"
     if field.default is None:
         return "none"
+    if isinstance(field.default, bool):
+        return f"`{field.default}`".lower()
     if isinstance(field.default, tuple):
         return f"`[{', '.join(field.default)}]`"
     if isinstance(field.default, bool):

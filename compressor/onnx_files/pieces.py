@@ -133,7 +133,7 @@ def network(pipeline: Pipeline) -> Piece:
         lambda module, arguments: (module(**arguments, return_dict=False)[0],),
         {OUTPUTS.get(family.name, "out_hidden_states"): None},
         ("batch", "height", "width", "sequence"),
-        _unit(config),
+        unit_of(config),
         config["pos_embed_max_size"] * config["patch_size"] if config.get("pos_embed_max_size") else float("inf"),
         targets=tuple(pipeline.targets),
     )
@@ -219,7 +219,7 @@ def _ids(module: Any, shape: Shape) -> Inputs:
     return {"input_ids": ids.to(like(module)[0])}
 
 
-def _unit(config: Any) -> int:
+def unit_of(config: Any) -> int:
     """Latent rows and columns come in multiples of this: a U-Net halves them, a transformer packs them in patches."""
     if "block_out_channels" in config:
         return 2 ** (len(config["block_out_channels"]) - 1)
