@@ -75,7 +75,7 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
         pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
         assert pairs is not None
         figures, notes = report.measure(job.metrics, pairs)
-        said = (*(job.calibration.facts.warnings if job.calibration else ()), *notes)
+        said = (*job.warnings, *(job.calibration.facts.warnings if job.calibration else ()), *notes)
         rows.append(
             Row(
                 entry=entry.where,

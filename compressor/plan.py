@@ -10,7 +10,17 @@ from compressor import pipeline as pipelines
 from compressor import prompts
 from compressor.calibration import explain_rank, sampling
 from compressor.calibration.packages import Package, cut
-from compressor.prepare import Entry, check_apart, check_exporters, check_table, enter, shrink_twin, size_of, trace_at
+from compressor.prepare import (
+    Entry,
+    check_apart,
+    check_exporters,
+    check_table,
+    enter,
+    explain_guidance,
+    shrink_twin,
+    size_of,
+    trace_at,
+)
 from compressor.recipe import Recipe
 from compressor.structure import Trace, find_groups, find_targets
 
@@ -137,7 +147,7 @@ def plan(recipe: Recipe) -> Plan:
     texts = 0
     if given is not None:
         texts = min(len(prompts.read(given.prompts, "calibration")), given.samples)
-    warnings: list[str] = [*folder.warnings]
+    warnings: list[str] = [*folder.warnings, *explain_guidance(recipe, folder)]
     entries = []
     zeros: dict[str, int] = {}
     found = enter(recipe, folder.network, twin, folder.family)

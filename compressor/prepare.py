@@ -86,6 +86,7 @@ class Prepared:
         trace_after: the same, when all heads and neurons that are to leave have left (not for alternatives).
         entries: one for each pruner.
         overrides: where the dependency graph differs from the family's table of groups, which counts, and why.
+        warnings: what the user was told already.
         calibration: None if no pruner asks for one.
         prompts: what is drawn, dense and pruned.
         encoded: the same, as the network is given them.
@@ -98,6 +99,7 @@ class Prepared:
     trace_after: Trace
     entries: tuple[Entry, ...]
     overrides: tuple[str, ...]
+    warnings: tuple[str, ...]
     calibration: Calibration | None
     prompts: tuple[str, ...]
     encoded: tuple[sampling.Encoded, ...]
@@ -160,7 +162,8 @@ def prepare(
             seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device, folder)
-        for warning in pipeline.warnings:
+        warnings = (*pipeline.warnings, *explain_guidance(recipe, folder))
+        for warning in warnings:
             progress.say(f"warning: {warning}")
         checkpoint.check_space(pipeline, output)
         entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family)
@@ -171,7 +174,32 @@ def prepare(
         if calibrating and recipe.calibration is not None:
             calibration = Calibration(pipeline, seen, recipe.calibration, calibrating, recipe.seed, progress)
     return Prepared(
-        recipe, pipeline, seen, seen_after, entries, overrides, calibration, drawing, tuple(encoded), metrics
+        recipe=recipe,
+        pipeline=pipeline,
+        trace=seen,
+        trace_after=seen_after,
+        entries=entries,
+        overrides=overrides,
+        warnings=warnings,
+        calibration=calibration,
+        prompts=drawing,
+        encoded=tuple(encoded),
+        metrics=metrics,
+    )
+
+
+def explain_guidance(recipe: Recipe, folder: pipelines.Folder) -> tuple[str, ...]:
+    """A warning for each guidance scale that the recipe gives to a pipeline that takes none."""
+    given = {"calibration": recipe.calibration, "report": recipe.report}
+    useless = [
+        f"{name}.guidance"
+        for name, options in given.items()
+        if options is not None and "guidance" in options.model_fields_set and options.guidance > 1
+    ]
+    if sampling.takes_guidance(folder):
+        return ()
+    return tuple(
+        f"{name} has no effect: this {folder.pipeline_class} was trained without a guidance scale" for name in useless
     )
 
 

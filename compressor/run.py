@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compressor import checkpoint, measure, report
+from compressor import checkpoint, exported, measure, report
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
 from compressor.plugin import Samples
@@ -66,7 +66,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
         exports = _export(recipe, output, watch, progress)
         facts = replace(facts, exports=exports, times=dict(watch.seconds), peak_memory=measure.peak_memory())
         _tell(facts, pairs, output)
-    told = {*pipeline.warnings, *(job.calibration.facts.warnings if job.calibration else [])}
+    told = {*job.warnings, *(job.calibration.facts.warnings if job.calibration else [])}
     for warning in (text for text in facts.warnings if text not in told):
         progress.say(f"warning: {warning}")
     return output
@@ -137,7 +137,7 @@ def _facts(
         calibration=calibration,
         metrics=figures,
         warnings=(
-            *pipeline.warnings,
+            *job.warnings,
             *(job.calibration.facts.warnings if job.calibration else _explain_idle(recipe)),
             *notes,
         ),
@@ -195,6 +195,7 @@ def _export(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress) 
                 if not isinstance(error, (CompressorError, OSError)):
                     raise
                 raise CompressorError(f"{name}: {error}\nthe pruned pipeline is kept in {output}") from error
+        exported.write(exporter, export, folder, output)
         sizes = {f"{name}/{file}": (folder / file).stat().st_size for file in export.files}
         exports.append(report.ExportFacts(name, sizes, export.checks, inner.seconds[name]))
     return tuple(exports)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from pydantic import ValidationError
@@ -108,3 +109,25 @@ def test_a_calibration_too_small_is_told_before_it_begins_and_only_once(tmp_path
     warned = [i for i, line in enumerate(lines) if "see fewer distinct tokens than they have inputs" in line]
     assert len(warned) == 1
     assert warned[0] < next(i for i, line in enumerate(lines) if line.startswith("calibrating"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "embeds", "told"), [("flux", False, True), ("flux", True, False), ("sd3", None, False)]
+)
+def test_a_guidance_scale_that_a_pipeline_does_not_take_is_told(kind, embeds, told, tmp_path):
+    folder = tiny.save(kind, tmp_path / kind)
+    if embeds is not None:
+        file = folder / "transformer" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_embeds": embeds}))
+    data = {
+        "model": str(folder),
+        "calibration": {"prompts": ["a"], "guidance": 3.5},
+        "prune": [{"magnitude": {"sparsity": 0.5}}],
+        "report": {"images": 1, "guidance": 1.0},
+        "output": "out",
+    }
+    warned = [text for text in plan(Recipe.model_validate(data)).warnings if "guidance" in text]
+    expected = "calibration.guidance has no effect: this FluxPipeline was trained without a guidance scale"
+    assert warned == ([expected] if told else [])
+    del data["calibration"]["guidance"]  # type: ignore[attr-defined]
+    assert not any("guidance" in text for text in plan(Recipe.model_validate(data)).warnings)

@@ -139,6 +139,12 @@ def guided(folder: Folder, guidance: float) -> bool:
     return guidance > 1 and (folder.prompting is None or folder.prompting.guided)
 
 
+def takes_guidance(folder: Folder) -> bool:
+    """Whether a guidance scale changes anything; it does not for a Flux that was distilled without one."""
+    known = folder.prompting
+    return known is None or known.guided or bool(folder.config(folder.network).get("guidance_embeds"))
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
