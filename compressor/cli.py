@@ -195,6 +195,13 @@ def recipes(name: str | None) -> None:
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of the noise.")
 @click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--runtime",
+    type=click.Choice(["torch", "onnxruntime"]),
+    default="torch",
+    show_default=True,
+    help="onnxruntime draws with the ONNX export of the result, on the CPU.",
+)
 def generate(
     folder: Path,
     texts: tuple[str, ...],
@@ -208,19 +215,23 @@ def generate(
     batch: int,
     seed: int,
     device: str,
+    runtime: str,
 ) -> None:
-    """Draw images with the result of a run in FOLDER."""
+    """Draw images with the result of a run in FOLDER.
+
+    With --runtime onnxruntime, FOLDER may also be an ONNX export by itself.
+    """
     if not texts and file is None:
         raise click.UsageError("give --prompt or --prompts")
     chosen = list(texts) + (list(prompts.read(recipe.Prompts(file=file), "evaluation")) if file else [])
     with _importing():
-        from compressor import checkpoint, pictures, quiet
+        from compressor import exported, pictures, quiet
         from compressor.calibration.sampling import Settings, encode
         from compressor.progress import Progress
         from compressor.report.images import to_image
 
         quiet.silence_libraries()
-    pipeline = checkpoint.load(folder, device)
+    pipeline = exported.open_pipeline(folder, device, runtime)
     pipeline.folder.check_size(height, width, "--")
     pipeline.folder.check_sequence(max_sequence_length, "--max-sequence-length")
     encoded = encode(pipeline, chosen, guidance, seed, "pictures", max_sequence_length)
@@ -230,6 +241,21 @@ def generate(
         path = out / f"{i:04d}.png"
         to_image(image).save(path)
         click.echo(f"{path}  {chosen[i]}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check the result of a run in FOLDER and its exports again: every hash, and what the exports compute.
+
+    FOLDER may also be an export by itself; what it computes is compared if the result is around it.
+    """
+    with _importing():
+        from compressor import exported, quiet
+
+        quiet.silence_libraries()
+    for line in exported.verify_all(folder):
+        click.echo(line)
 
 
 @main.command()

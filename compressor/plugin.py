@@ -250,6 +250,21 @@ class Exporter(Options, ABC):
             CompressorError: if the written files do not compute what torch computes.
         """
 
+    def verify(self, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
+        """Holds the files of an earlier export against the pipeline again; their hashes are checked apart from this.
+
+        Args:
+            pipeline: the one that they were written from. Not changed.
+            folder: as `export` left it.
+
+        Returns:
+            The measured figures; none of an exporter that has nothing to prove anew.
+
+        Raises:
+            CompressorError: if the files do not compute what torch computes.
+        """
+        return {}
+
 
 @dataclass(frozen=True)
 class Samples:

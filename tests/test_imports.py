@@ -19,7 +19,7 @@ FLOORS = (
     ("pipeline",),
     ("calibration", "checkpoint", "onnx_files", "report"),
     ("pictures", "measure"),
-    ("prepare",),
+    ("prepare", "exported"),
     ("pruning", "plan"),
     ("run", "compare", "plan_table", "doctor", "quiet", "bench"),
     ("cli", "__init__"),

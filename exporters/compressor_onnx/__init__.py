@@ -98,6 +98,7 @@ class ONNX(Exporter):
         """
         found, left_out, settings = self._plan(pipeline)
         from compressor.onnx_files import graph, writing
+        from compressor_onnx import layout
 
         writing.check_space(found, settings, folder, shutil.disk_usage(folder).free)
         checks: dict[str, Any] = {}
@@ -108,7 +109,7 @@ class ONNX(Exporter):
             file = target / "model.onnx"
             checks[piece.name] = writing.write(piece, settings, file) | writing.prove(piece, settings, file)
         if pipeline.pipe is not None:
-            _copy_rest(pipeline, folder)
+            layout.copy_rest(pipeline, folder)
         if left_out:
             checks["left_out"] = left_out
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -136,12 +137,3 @@ class ONNX(Exporter):
 
         settings = writing.Settings(**self.model_dump(exclude={"components"}))
         return *pieces.find(pipeline, self.components), settings
-
-
-def _copy_rest(pipeline: Pipeline, folder: Path) -> None:
-    """Copies what of a pipeline is no model: its index, tokenizers and scheduler."""
-    source = pipeline.folder.path
-    shutil.copy2(source / "model_index.json", folder)
-    for name in pipeline.folder.components:
-        if name not in pipeline.stored:
-            shutil.copytree(source / name, folder / name)

@@ -1,0 +1,184 @@
+"""What an exporter wrote: noted beside it in `export.json`, and held against it again later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from compressor import checkpoint, measure
+from compressor.errors import CompressorError
+from compressor.options import Options
+from compressor.output import RECORD
+from compressor.pipeline import Pipeline
+from compressor.plugin import Export, Exporter
+from compressor.registry import Choice, load
+from compressor.units import several
+
+MANIFEST = "export.json"
+FORMAT = 1
+
+
+def write(exporter: Exporter, export: Export, folder: Path, result: Path) -> None:
+    """Writes the manifest of an export.
+
+    Args:
+        exporter: with its options.
+        export: what it wrote.
+        folder: where.
+        result: the folder of the pruned pipeline, whose record's hash says what was exported.
+    """
+    data = {
+        "format": FORMAT,
+        "exporter": Choice("exporter").name(exporter),
+        "options": exporter.model_dump(mode="json"),
+        "source": {RECORD: checkpoint.sha256(result / RECORD)},
+        "versions": measure.versions(),
+        "files": {
+            file.as_posix(): {"bytes": (folder / file).stat().st_size, "sha256": checkpoint.sha256(folder / file)}
+            for file in export.files
+        },
+        "checks": export.checks,
+    }
+    (folder / MANIFEST).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def verify_all(folder: Path) -> Iterator[str]:
+    """Checks a result and its exports, or an export by itself: every hash, and what the files compute.
+
+    Args:
+        folder: of either.
+
+    Yields:
+        A line for each thing that was found to be as it should.
+
+    Raises:
+        CompressorError: naming the first file that is not, or saying that there is nothing to check.
+    """
+    found = list(find(folder))
+    if (folder / RECORD).is_file() or not found:
+        files = checkpoint.verify(folder)["files"]
+        yield f"{folder}: {several(len(files), 'file')} as saved"
+    pipeline: Pipeline | None = None
+    for export, result in found:
+        manifest = verify(export)
+        yield f"{export}: {several(len(manifest['files']), 'file')} as exported"
+        if result is None:
+            yield f"{export}: not compared with torch: no {RECORD} around it"
+            continue
+        pipeline = pipeline or checkpoint.load(result, "cpu")
+        for name, checks in prove(export, result, manifest, pipeline).items():
+            if not checks.get("numeric"):
+                continue
+            worst = max(entry["relative_l2"] for entry in checks["numeric"])
+            yield f"{export / name}: within {worst:.1e} of torch, should be at most {checks['tolerance']:.0e}"
+
+
+def open_pipeline(folder: Path, device: str, runtime: str) -> Pipeline:
+    """A pipeline to draw with, after checking the hash of every file that it is made of.
+
+    Args:
+        folder: a result; for onnxruntime also an export by itself.
+        device: `auto`, `cpu`, `cuda`, ...
+        runtime: `torch` or `onnxruntime`.
+
+    Raises:
+        CompressorError: if something is missing, not installed, damaged or changed, or the device will not do.
+    """
+    if runtime == "torch":
+        return checkpoint.load(folder, device)
+    if device not in ("auto", "cpu"):
+        raise CompressorError(f"--device: should be cpu with --runtime onnxruntime, found {device}")
+    if find_spec("onnxruntime") is None or find_spec("onnx_ir") is None:
+        raise CompressorError('--runtime onnxruntime needs onnxruntime; pip install "diffusion-compressor[onnx]"')
+    export, result = next(find(folder, "onnx"), (None, None))
+    if export is None:
+        raise CompressorError(
+            f"{folder}: should hold an ONNX export, found no {MANIFEST} of one; add `export: [onnx]` to the recipe"
+        )
+    from compressor.onnx_files import runtime as sessions
+
+    verify(export)
+    if result is not None:
+        checkpoint.verify(result)
+    return sessions.load(export, result)
+
+
+def find(folder: Path, exporter: str | None = None) -> Iterator[tuple[Path, Path | None]]:
+    """The exports in a folder, each with the result that it was written from, if that is around it.
+
+    Args:
+        folder: a result, or an export by itself.
+        exporter: only this one's.
+    """
+    candidates = (
+        [folder] if (folder / MANIFEST).is_file() else sorted(file.parent for file in folder.glob(f"*/{MANIFEST}"))
+    )
+    for candidate in candidates:
+        if exporter in (None, _read(candidate)["exporter"]):
+            around = candidate.resolve().parent
+            yield candidate, around if (around / RECORD).is_file() else None
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Checks the files of an export against their hashes and returns its manifest.
+
+    Raises:
+        CompressorError: naming the first file that is missing or was changed.
+    """
+    manifest = _read(folder)
+    root = folder.resolve()
+    for name, noted in manifest["files"].items():
+        path = (root / name.replace("\0", "?")).resolve()
+        if root not in path.parents:
+            raise CompressorError(f"{folder / MANIFEST}: names a file outside its folder: {name}")
+        if not path.is_file():
+            raise CompressorError(f"{folder / name}: missing; {MANIFEST} lists it")
+        found = checkpoint.sha256(path)
+        if found != noted["sha256"]:
+            raise CompressorError(
+                f"{folder / name}: changed after the export: should have sha256 {noted['sha256']}, found {found}"
+            )
+    return manifest
+
+
+def prove(folder: Path, result: Path, manifest: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]:
+    """Lets the exporter hold its files against the torch pipeline once more.
+
+    Args:
+        folder: of the export.
+        result: that it was written from.
+        manifest: as from `verify`.
+        pipeline: the result, loaded.
+
+    Returns:
+        The figures, as the exporter puts them; empty if it proves nothing anew.
+
+    Raises:
+        CompressorError: if the export is of another result, or its files do not compute what torch computes.
+    """
+    given, found = manifest["source"][RECORD], checkpoint.sha256(result / RECORD)
+    if given != found:
+        raise CompressorError(
+            f"{folder / MANIFEST}: exported from another result: should be of the {RECORD} with sha256 {found}, "
+            f"found {given}; export again"
+        )
+    cls: type[Options] = load("exporter", manifest["exporter"])
+    exporter: Any = cls.model_validate_json(json.dumps(manifest["options"]))
+    return exporter.verify(pipeline, folder)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version, files = manifest["format"], manifest["files"]
+        _ = [manifest["exporter"], manifest["options"], manifest["source"][RECORD], manifest["checks"]]
+        _ = [noted["sha256"] for noted in files.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CompressorError(f"{file}: damaged: {error!r}") from None
+    if version != FORMAT:
+        raise CompressorError(f"{file}: should be of format {FORMAT}, found {version}; update the package")
+    return manifest
