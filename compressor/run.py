@@ -196,7 +196,6 @@ def _export(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress) 
                     raise
                 raise CompressorError(f"{name}: {error}\nthe pruned pipeline is kept in {output}") from error
         exported.write(exporter, export, folder, output)
-        exported.write(exporter, export, folder, output)
         sizes = {f"{name}/{file}": (folder / file).stat().st_size for file in export.files}
         exports.append(report.ExportFacts(name, sizes, export.checks, inner.seconds[name]))
     return tuple(exports)
