@@ -132,10 +132,7 @@ def build(
                 if -1 in tuple(tensor.shape):
                     smallest, usual, largest = shapes[tensor.name]
                     profile.set_shape(tensor.name, smallest, usual, largest)
-            if config.add_optimization_profile(profile) < 0:
-                raise CompressorError(
-                    f"{label}: {version(trt)} does not take the profile {shapes}: {_join(log.errors)}"
-                )
+            config.add_optimization_profile(profile)
         _configure(trt, config, settings, label)
         engine = builder.build_serialized_network(network, config)
         if engine is None:

@@ -164,4 +164,6 @@ def by_layer(
 def _within(names: set[str], said: Said | None) -> bool | None:
     if said is None or (said.count and not said.names):
         return None
-    return any(names & parts(layer) for layer in said.names)
+    if any(names & parts(layer) for layer in said.names):
+        return True
+    return None if any(_RANGE.search(layer) for layer in said.names) else False
