@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import shutil
 import sys
 import tempfile
@@ -179,6 +180,28 @@ class TensorRT(Exporter):
             checks["left_out"] = left_out
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         return Export(tuple(files), checks)
+
+    def verify(self, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
+        """Runs the engines of an earlier export on the GPU, against torch again; nothing is done without a GPU."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return {}
+        if (problem := self.available()) is not None:
+            raise CompressorError(problem)
+        from compressor.onnx_files import pieces, writing
+        from compressor_tensorrt import builder, engine
+
+        trt, settings = builder.load(self.runtime), writing.Settings(dtype=self.dtype)
+        profile = (self.profiles or (Profile(),))[0].complete(pipeline.folder)
+        found, _ = pieces.find(pipeline, [path.parent.name for path in sorted(folder.glob("*/model.engine"))])
+        checks = {}
+        for piece in found:
+            data, shape = (folder / piece.name / "model.engine").read_bytes(), profile.usual(piece, pipeline.folder)
+            log = builder.Log(io.StringIO())
+            _, facts = engine.prove(trt, data, piece, shape, settings.dtype_of(piece), log)
+            checks[piece.name] = facts
+        return checks
 
     def _build(
         self, trt: Any, piece: Piece, pipeline: Pipeline, profiles: list[Profile], settings: Settings, target: Path

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from compressor_tensorrt.profiles import Shapes
-
 from compressor.errors import CompressorError
+from compressor_tensorrt.profiles import Shapes
 
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 """The runtimes by the name of their module."""

@@ -42,7 +42,7 @@ def prove(
         log: gets everything that the runtime says.
 
     Returns:
-        The engine's layers, and the checks: the relative L2 and the tolerance.
+        The engine's layers, and the checks: the relative L2 at that shape, and the tolerance.
 
     Raises:
         CompressorError: if this GPU cannot run it, or it differs from torch.
@@ -57,7 +57,8 @@ def prove(
     found = run(trt, engine, {path[-1]: tensor for path, tensor in inputs.items()}, torch.device("cuda"))
     error = compare(found, dict(zip(piece.outputs, expected, strict=True)), TOLERANCES[dtype], piece.name)
     del engine, runtime  # in this order
-    return layers, {"relative_l2": error, "tolerance": TOLERANCES[dtype]}
+    numeric = [{"shape": {name: getattr(shape, name) for name in piece.sizes}, "relative_l2": error}]
+    return layers, {"numeric": numeric, "tolerance": TOLERANCES[dtype]}
 
 
 def load(trt: Any, data: Any, log: Log, label: str) -> tuple[Any, Any]:

@@ -42,8 +42,8 @@ class Range(Options):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict:
-        """A mapping, or a number."""
-        return {"anyOf": [{"type": "integer", "minimum": 1}, handler.resolve_ref_schema(handler(schema))]}
+        """A mapping, or a number; what is said of properties concerns mappings alone."""
+        return {**handler.resolve_ref_schema(handler(schema)), "type": ["integer", "object"], "minimum": 1}
 
     @property
     def three(self) -> tuple[int, int, int]:
