@@ -27,6 +27,11 @@ def load(file: Path, label: str) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no base of their own
+        if _computes_in_bfloat16(file):
+            raise CompressorError(
+                f"{label}: computes in bfloat16, which onnxruntime's CPU provider does not take; "
+                "export it as float16 or float32"
+            ) from error
         raise CompressorError(f"{label}: onnxruntime cannot load it: {_first_line(error)}") from error
 
 
@@ -104,6 +109,14 @@ def _distance(found: Tensor, expected: Tensor, where: str, dtype: torch.dtype) -
         raise CompressorError(f"{where} is not finite, in torch it is{hint}")
     difference, scale = float((found - expected).norm()), float(expected.norm())
     return difference / scale if scale else difference
+
+
+def _computes_in_bfloat16(file: Path) -> bool:
+    try:
+        model = ir.load(file)
+    except Exception:  # no ONNX file at all, which onnxruntime has said
+        return False
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in (*model.graph.inputs, *model.graph.outputs))
 
 
 def _first_line(error: Exception) -> str:

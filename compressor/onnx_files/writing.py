@@ -126,7 +126,7 @@ def check_space(pieces: Sequence[Piece], settings: Settings, folder: Path, free:
     needed = bytes_of(pieces, settings)
     if needed > free:
         raise CompressorError(
-            f"{', '.join(piece.name for piece in pieces)} need {size(needed)} on the disk of {folder}, "
+            f"the files of {', '.join(piece.name for piece in pieces)} need {size(needed)} on the disk of {folder}, "
             f"found {size(free)} free; nothing was written"
         )
 
