@@ -16,7 +16,6 @@ from compressor.prepare import Prepared, enter, prepare, shrink_twin, trace_at
 from compressor.progress import Progress
 from compressor.pruning import prune
 from compressor.recipe import Recipe
-from compressor.report.facts import sparsity
 from compressor.structure import Snapshot
 from compressor.units import count
 
@@ -80,7 +79,7 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
             Row(
                 entry=entry.where,
                 pruner=_describe(recipe, number - 1),
-                sparsity=sparsity(pruned.layers)[1],
+                sparsity=report.sparsity(pruned.layers)[1],
                 parameters=sum(p.numel() for p in job.pipeline.module.parameters()),
                 operations=_operations(job, number - 1),
                 seconds=seconds,

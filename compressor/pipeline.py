@@ -243,6 +243,27 @@ def open_folder(model: Model, *, weights: bool = True) -> Folder:
     return _discover(path, model.source, pipeline_class, classes, absent, network)
 
 
+def inspect(folder: Folder, twin: nn.Module) -> tuple[str, ...]:
+    """Looks into the headers of the weights, where they are at hand, for what `load` would refuse or tell.
+
+    Args:
+        folder: of the model, perhaps without its weights.
+        twin: the network on the meta device.
+
+    Returns:
+        A warning if there are fused projections.
+
+    Raises:
+        CompressorError: if a file is damaged, or an adapter is attached.
+    """
+    names: dict[str, torch.dtype] = {}
+    for component in folder.components:
+        found = weight_files.check(folder.path / component, sorted((folder.path / component).glob("*.safetensors")))
+        if component == folder.network:
+            names = found
+    return _explain_fused(folder, tuple(dict.fromkeys(weight_files.fused(names, twin).values())))
+
+
 def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
     """Loads a pipeline onto a device.
 
@@ -428,12 +449,15 @@ def _unfuse(network: nn.Module, folder: Folder, variant: str | None, stored: dic
         weight_files.unfuse_into(network, _files(folder, folder.network, variant), names)
     for name in names:
         del stored[name]
-    attentions = tuple(dict.fromkeys((*names.values(), *unfuse(network))))
+    return _explain_fused(folder, tuple(dict.fromkeys((*names.values(), *unfuse(network)))))
+
+
+def _explain_fused(folder: Folder, attentions: tuple[str, ...]) -> tuple[str, ...]:
     if not attentions:
         return ()
     more = f" and {len(attentions) - 8} more" if len(attentions) > 8 else ""
     return (
-        f"{folder.network}: the fused projections of {len(attentions)} attentions were taken apart, and count, "
+        f"{folder.network}: the fused projections of {len(attentions)} attentions are taken apart, and count, "
         f"whatever separate ones lie beside them: {', '.join(attentions[:8])}{more}",
     )
 

@@ -70,7 +70,7 @@ class PlannedPruning:
 
     Attributes:
         pruner: the plugin's name.
-        layers: those that will change, in order of execution.
+        layers: those that may change, in order of execution.
         groups: those that will lose heads or neurons; none unless the pruner is structured.
         shares: of heads and of neurons, as asked for.
         whole: blocks that keep all their heads and neurons, though others lose some.
@@ -147,7 +147,11 @@ def plan(recipe: Recipe) -> Plan:
     texts = 0
     if given is not None:
         texts = min(len(prompts.read(given.prompts, "calibration")), given.samples)
-    warnings: list[str] = [*folder.warnings, *explain_guidance(recipe, folder)]
+    warnings: list[str] = [
+        *folder.warnings,
+        *pipelines.inspect(folder, twin),
+        *explain_guidance(recipe, folder),
+    ]
     entries = []
     zeros: dict[str, int] = {}
     found = enter(recipe, folder.network, twin, folder.family)

@@ -57,10 +57,10 @@ class Entry:
 
     @property
     def layers(self) -> tuple[Target, ...]:
-        """Those that change, in order of execution: all that were chosen, or the linears of the groups."""
+        """Those that may change, in order of execution: all that were chosen, or the linears of the groups."""
         if not self.removals:
             return self.component.targets
-        changing = {target.name for group in self.shrinking for target in (*group.producers, *group.consumers)}
+        changing = {target.name for group in self.removals for target in (*group.producers, *group.consumers)}
         every = find_targets(self.component.module, self.component.family)
         return tuple(target for target in every if target.name in changing)
 
@@ -330,7 +330,7 @@ def shrink_twin(entries: tuple[Entry, ...]) -> bool:
     removals = [pair for entry in entries for pair in entry.removals.items()]
     for group, count in removals:
         keep(group, range(group.count - count))
-    return bool(removals)
+    return any(count for _, count in removals)
 
 
 def check_apart(entries: tuple[Entry, ...]) -> None:

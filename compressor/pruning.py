@@ -91,11 +91,19 @@ def _check_results(entry: Entry, results: Mapping[str, LayerResult], removed: Ma
         if target.name not in results:
             raise CompressorError(f"{start} left out {target.name}; nothing was kept")
     for group, count in entry.removals.items():
-        found = len(set(removed[group.name].units)) if group.name in removed else 0
-        if found != count:
+        units = removed[group.name].units if group.name in removed else ()
+        if not len(units) == len(set(units)) == count:
             raise CompressorError(
-                f"{start} should have given up {count} of {group.name}, found {found}; nothing was kept"
+                f"{start} should have given up {count} of {group.name}, found {len(set(units))} in {len(units)} "
+                "indices; nothing was kept"
             )
+        for consumer in group.consumers:
+            weight_OI = consumer.module.weight
+            if weight_OI[:, group.columns(consumer, units).to(weight_OI.device)].any():
+                raise CompressorError(
+                    f"{start} should have zeroed the columns of {consumer.name} that belong to what it gave up of "
+                    f"{group.name}; nothing was kept"
+                )
 
 
 def _shrink(

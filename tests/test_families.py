@@ -162,6 +162,13 @@ def coded() -> nn.Linear:
 QUANTISED = "it is quantised: prune the full-precision weights, and quantise the result afterwards"
 
 
+def dynamic() -> nn.Module:
+    """A layer of torch's own quantisation, whose weight is a method."""
+    layer = nn.Linear(1, 1)
+    layer.__class__ = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "found"),
     [
@@ -175,6 +182,7 @@ QUANTISED = "it is quantised: prune the full-precision weights, and quantise the
             "and unload it",
         ),
         (Packed, f"{__name__}.Packed with a weight of Tensor in torch.uint8; {QUANTISED}"),
+        (dynamic, f"torch.ao.nn.quantized.dynamic.modules.linear.Linear; {QUANTISED}"),
         (coded, f"torch.nn.modules.linear.Linear with a weight of Codes in torch.float32; {QUANTISED}"),
     ],
 )

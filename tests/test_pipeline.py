@@ -244,12 +244,14 @@ def test_an_adapter_that_is_still_attached_is_refused_with_advice(m, file, layer
         f"m/{file}: refused: a LoRA or another adapter is still attached, 4 of its tensors, first "
         f"{layer}.base_layer.bias; {FUSE_IT}"
     )
+    assert refusal() == mistake()
 
 
 def refusal() -> str:
-    """What `plan` says, which reads JSON files only."""
+    """What `plan` says, which reads JSON files and the headers of weights."""
     with pytest.raises(CompressorError) as caught:
-        pipeline.open_folder(Model(source="m"), weights=False)
+        folder = pipeline.open_folder(Model(source="m"), weights=False)
+        pipeline.inspect(folder, folder.twin())
     return str(caught.value)
 
 
@@ -335,8 +337,9 @@ def test_fused_projections_count_and_are_told(kind, attentions, tmp_path):
                 assert torch.equal(together, wholes.get_submodule(whole).weight)
     assert set(loaded.stored[name]) == set(loaded.module.state_dict())
     (warning,) = loaded.warnings
+    assert pipeline.inspect(loaded.folder, loaded.folder.twin()) == (warning,)
     head, _, names = warning.partition(": the fused projections of ")
-    counted, _, names = names.partition(" attentions were taken apart, and count, whatever separate ones lie beside ")
+    counted, _, names = names.partition(" attentions are taken apart, and count, whatever separate ones lie beside ")
     assert (head, counted) == (name, str(len(attentions)))
     assert set(names.removeprefix("them: ").split(", ")) == set(attentions)
 
@@ -345,7 +348,7 @@ def test_many_fused_attentions_are_counted_and_the_first_ones_named(monkeypatch)
     names = tuple(f"blocks.{i}.attn" for i in range(10))
     monkeypatch.setattr(pipeline, "unfuse", lambda network: names)
     assert tiny.load("sd3").warnings == (
-        "transformer: the fused projections of 10 attentions were taken apart, and count, whatever separate ones lie "
+        "transformer: the fused projections of 10 attentions are taken apart, and count, whatever separate ones lie "
         f"beside them: {', '.join(names[:8])} and 2 more",
     )
 

@@ -333,6 +333,21 @@ def test_an_attribute_of_another_name_is_told_with_those_found():
     )
 
 
+def test_outputs_of_one_attention_that_a_table_calibrates_apart_are_named():
+    table = family("sd3")
+    (block,) = table.blocks
+    layers = tuple(
+        dataclasses.replace(row, stage=9) if row.suffix == "attn.to_add_out" else row for row in block.layers
+    )
+    with pytest.raises(CompressorError) as caught:
+        find_groups(network("sd3"), dataclasses.replace(table, blocks=(dataclasses.replace(block, layers=layers),)))
+    assert str(caught.value) == (
+        "transformer_blocks.0: the linears that read the heads of 'attn' should have one stage in the family's table, so "
+        "that they are calibrated together, found 1 of transformer_blocks.0.attn.to_out.0, 9 of "
+        "transformer_blocks.0.attn.to_add_out"
+    )
+
+
 def test_a_missing_linear_is_told_with_those_found():
     module = network("sd2")
     block = next(iter(groups_of(module, "sd2").values())).block

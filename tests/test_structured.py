@@ -106,6 +106,14 @@ def test_only_groups_whose_layers_are_all_chosen_may_lose_some():
             "for more, or leave neurons out",
         ),
         (
+            {"neurons": 0.5, "multiple": 256},
+            "structured: multiple should be at most 192, the most neurons in one group, found 256",
+        ),
+        (
+            {"heads": 0.5, "heads_multiple": 8},
+            "structured: heads_multiple should be at most 6, the most heads in one group, found 8",
+        ),
+        (
             {"heads": 0.95},
             "transformer_blocks.1.attn.heads: a ratio should leave at least 1 of 6, found 0.95, which leaves none; "
             "remove at most 0.8333",

@@ -298,13 +298,38 @@ def silent(self: L1Norm, component: Component, _: Calibration | None) -> Iterato
     yield from list(prune_by_l1(self, component, None))[:-1]
 
 
+def twice(self: L1Norm, component: Component, _: Calibration | None) -> Iterator[LayerResult | Removed]:
+    """Names everything two times."""
+    for result in prune_by_l1(self, component, None):
+        yield Removed(result.group, result.units * 2) if isinstance(result, Removed) else result
+
+
+def sparing(self: L1Norm, component: Component, _: Calibration | None) -> Iterator[LayerResult | Removed]:
+    """Gives heads up but leaves what reads them."""
+    for result in prune_by_l1(self, component, None):
+        if isinstance(result, Removed):
+            for consumer in result.group.consumers:
+                consumer.module.weight.data += 1
+        yield result
+
+
 @pytest.mark.parametrize(
     ("pruner", "words"),
     [
         (
             stingy,
-            "prune[0]: pruner 'l1_norm' should have given up 1 of transformer_blocks.0.attn.heads, found 0; nothing "
-            "was kept",
+            "prune[0]: pruner 'l1_norm' should have given up 1 of transformer_blocks.0.attn.heads, found 0 in 0 "
+            "indices; nothing was kept",
+        ),
+        (
+            twice,
+            "prune[0]: pruner 'l1_norm' should have given up 1 of transformer_blocks.0.attn.heads, found 1 in 2 "
+            "indices; nothing was kept",
+        ),
+        (
+            sparing,
+            "prune[0]: pruner 'l1_norm' should have zeroed the columns of transformer_blocks.0.attn.to_out.0 that "
+            "belong to what it gave up of transformer_blocks.0.attn.heads; nothing was kept",
         ),
         (silent, "prune[0]: pruner 'l1_norm' left out transformer_blocks.1.ff.net.2; nothing was kept"),
     ],
@@ -335,6 +360,16 @@ def test_a_failed_proof_stops_the_run_and_names_the_layer(tmp_path, monkeypatch)
     )
     assert str(caught.value).endswith(" off; nothing was kept")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_outputs_of_a_discovered_joint_attention_are_calibrated_together(tmp_path):
+    heads = {"obs_diff": {"granularity": {"structured": {"heads": 0.5, "keep_first": 0, "keep_last": 0}}}}
+    asked = recipe("auraflow", tmp_path / "out", heads)
+    assert asked.calibration is not None
+    (entry_of_plan,) = plan(asked).entries
+    most = len({layer.name.rpartition(".attn.")[0] for layer in entry_of_plan.layers})
+    asked = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"packages": most})})
+    run(asked, tiny.quiet())
 
 
 @pytest.mark.parametrize(("kind", "leaving"), [("pixart", {"heads", "neurons"}), ("auraflow", {"heads"})])

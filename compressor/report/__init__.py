@@ -23,6 +23,7 @@ from compressor.report.facts import (
     Sizes,
     Structure,
     read,
+    sparsity,
 )
 from compressor.report.measuring import measure
 
@@ -43,6 +44,7 @@ __all__ = [
     "grid",
     "measure",
     "read",
+    "sparsity",
     "write",
 ]
 

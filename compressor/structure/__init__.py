@@ -1,5 +1,6 @@
 """Knowledge of architectures: tables of what can be pruned and what leaves together; removal, and its proof."""
 
+from compressor.structure.alignment import spread
 from compressor.structure.discover import discover
 from compressor.structure.family import (
     BlockTable,
@@ -42,6 +43,7 @@ __all__ = [
     "remove",
     "select",
     "shrink",
+    "spread",
     "trace",
     "unfuse",
     "within",

@@ -146,6 +146,9 @@ def _stages(twin: nn.Module, example: dict[str, Any]) -> dict[str, int]:
 def _table(name: str, blocks: tuple[nn.Module, ...], stages: dict[str, int]) -> BlockTable:
     layers: dict[str, Layer] = {}
     heads: dict[str, list[nn.Module]] = {}
+    outputs: dict[
+        tuple[int, str], int
+    ] = {}  # an attention's outputs are calibrated together, as they lose the same heads
     for place, block in enumerate(blocks):
         attentions = _attentions(block)
         for attention, module in attentions.items():
@@ -157,6 +160,8 @@ def _table(name: str, blocks: tuple[nn.Module, ...], stages: dict[str, int]) -> 
             stage = stages.get(f"{name}.{place}.{suffix}")
             if stage is None:
                 continue
+            if owner and last in _COLUMNS:
+                stage = outputs.setdefault((place, owner), stage)
             layers.setdefault(suffix, Layer(suffix, "attention" if owner else "feed_forward", role, "joint", stage))
     return BlockTable(
         rf"{re.escape(name)}\.\d+",

@@ -278,6 +278,8 @@ def _plain(name: str, layer: nn.Module) -> nn.Linear:
     elif isinstance(weight, Tensor) and (type(weight.data) is not Tensor or not weight.is_floating_point()):
         kind = f"{kind} with a weight of {type(weight.data).__name__} in {weight.dtype}"
         advice = "it is quantised: prune the full-precision weights, and quantise the result afterwards"
+    elif "quantized" in type(layer).__module__:
+        advice = "it is quantised: prune the full-precision weights, and quantise the result afterwards"
     elif type(layer) is not nn.Linear:
         advice = "leave it out of the family's table, or put a plain one in its place"
     else:

@@ -203,6 +203,12 @@ def _heads(row: Heads, block: str, root: nn.Module, targets: Mapping[str, Target
             )
     producers = _linears(row.rows, row.optional, block, attention, row.attention, targets)
     consumers = _linears(row.columns, row.optional, block, attention, row.attention, targets)
+    if len({consumer.layer.stage for consumer in consumers}) > 1:
+        stages = ", ".join(f"{consumer.layer.stage} of {consumer.name}" for consumer in consumers)
+        raise CompressorError(
+            f"{block}: the linears that read the heads of '{row.attention}' should have one stage in the family's "
+            f"table, so that they are calibrated together, found {stages}"
+        )
     rows = producers[0].outputs
     for producer in producers:
         if producer.outputs != rows:

@@ -53,6 +53,8 @@ def prune_groups(
             _write(target, fitted, columns)
             moments.pop(inputs[target.name])
             notes = _explain(fitted.damping, options.damping)
+            if options.fusion == "rank_fusion" and len(readers) == 1:
+                notes += ("fusion rank_fusion has no effect here: no other layer reads what left",)
             yield LayerResult(target.name, fitted.error, fitted.damping, seconds / len(readers), notes)
 
 

@@ -48,8 +48,7 @@ class HeadsAndNeurons(Structured):
 
         A group may change if all its linears are among the layers chosen and its block is not kept whole.
         """
-        from compressor.structure import find_groups, within
-        from compressor.structure.alignment import spread
+        from compressor.structure import find_groups, spread, within
 
         groups = find_groups(component.module, component.family)
         blocks = list(dict.fromkeys(group.block for group in groups))
@@ -68,6 +67,12 @@ class HeadsAndNeurons(Structured):
                 raise CompressorError(
                     f"structured: {kind} {ratio} finds no {kind} that may leave: should be given all the layers of an "
                     f"attention or feed-forward, in a block that is not kept whole; widen targets, or leave {kind} out"
+                )
+            widest = max(group.count for group in chosen)
+            if multiple > widest and multiple != type(self).model_fields["multiple"].default:
+                option = "multiple" if kind == "neurons" else "heads_multiple"
+                raise CompressorError(
+                    f"structured: {option} should be at most {widest}, the most {kind} in one group, found {multiple}"
                 )
             kept = spread([group.count for group in chosen], ratio, multiple, [group.name for group in chosen])
             leaving = {group: group.count - count for group, count in zip(chosen, kept, strict=True)}
