@@ -170,7 +170,8 @@ class TensorRT(Exporter):
         if self.components is None:
             found = [piece for piece in found if piece.name not in UNUSED]
         settings = writing.Settings(dtype=self.dtype)
-        writing.check_space(found, settings, folder, shutil.disk_usage(folder).free // 2)  # ONNX and engine
+        sizes = [writing.bytes_of([piece], settings) for piece in found]
+        _check_space(sum(sizes) + max(sizes), folder)  # every engine, and one ONNX file at a time
         profiles = [profile.complete(pipeline.folder) for profile in self.profiles or (Profile(),)]
         checks: dict[str, Any] = {"runtime": builder.version(trt)}
         for piece in found:
@@ -230,7 +231,7 @@ class TensorRT(Exporter):
             names = {node: layer for layer, found in nodes.items() for node in found}
             begun = time.perf_counter()
             with (target / "build.log").open("w", encoding="utf-8") as stream:
-                log = builder.Log(stream)
+                log = builder.Log(stream, f"{scratch}/")
                 data = builder.build(trt, file, shapes, self._settings(), names, log, piece.name)
             seconds = time.perf_counter() - begun
         (target / "model.engine").write_bytes(data)
@@ -268,4 +269,13 @@ class TensorRT(Exporter):
             self.version_compatible,
             self.weight_streaming,
             self.compute_capabilities,
+        )
+
+
+def _check_space(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CompressorError(
+            f"engines and the largest ONNX file need {needed / 1e9:.1f} GB on the disk of {folder}, "
+            f"found {free / 1e9:.1f} GB free; nothing was written"
         )

@@ -45,14 +45,17 @@ class Log:
 
     Attributes:
         stream: the file.
+        hidden: the start of paths, which is left out: a folder of this machine.
         errors: what was said as an error.
     """
 
     stream: TextIO
+    hidden: str = ""
     errors: list[str] = field(default_factory=list)
 
     def take(self, severity: str, message: str) -> None:
         """Notes one message of `INTERNAL_ERROR`, `ERROR`, `WARNING`, `INFO` or `VERBOSE`."""
+        message = message.replace(self.hidden, "")
         self.stream.write(f"[{severity}] {message}\n")
         if severity in _ERRORS:
             self.errors.append(" ".join(message.split()))

@@ -77,6 +77,8 @@ def test_every_family_is_built_sparse_and_shrunk(make: str, how: str, tmp_path: 
         "config.json",
         "model.engine",
     ]
+    assert str(tmp_path) not in out.log  # nor a folder of this machine
+    assert str(tmp_path).encode() not in (tmp_path / component / "model.engine").read_bytes()
     checks = out.checks
     assert checks["dtype"] == "float16"
     assert all(0 < entry["relative_l2"] <= 1e-2 for entry in checks["numeric"])
@@ -98,6 +100,18 @@ def test_every_family_is_built_sparse_and_shrunk(make: str, how: str, tmp_path: 
         assert facts["layer"], f"{target.name} is in no layer of the engine"
     query = next(name for name in checks["sparse"] if name.endswith("to_q"))
     assert query in checks["sparse"][query]["layer"]  # the engine speaks torch's names
+
+
+@rtx
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(CompressorError) as error:
+        TensorRT(runtime="tensorrt_rtx").export(networks.pipeline_of(networks.sd3_medium()), tmp_path)
+    assert str(error.value) == (
+        f"engines and the largest ONNX file need 0.0 GB on the disk of {tmp_path}, "
+        "found 0.0 GB free; nothing was written"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @rtx
