@@ -45,6 +45,13 @@ def has_driver() -> bool:
     return True
 
 
+def has_gpu() -> bool:
+    """Whether torch finds a CUDA device here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 class TensorRT(Exporter):
     """Builds TensorRT engines, the ONNX files behind them proven against torch, and keeps the builder's log.
 
@@ -184,9 +191,7 @@ class TensorRT(Exporter):
 
     def verify(self, pipeline: Pipeline, folder: Path) -> dict[str, Any]:
         """Runs the engines of an earlier export on the GPU, against torch again; nothing is done without a GPU."""
-        import torch
-
-        if not torch.cuda.is_available():
+        if not has_gpu():
             return {}
         if (problem := self.available()) is not None:
             raise CompressorError(problem)
@@ -200,8 +205,11 @@ class TensorRT(Exporter):
         for piece in found:
             data, shape = (folder / piece.name / "model.engine").read_bytes(), profile.usual(piece, pipeline.folder)
             log = builder.Log(io.StringIO())
-            _, facts = engine.prove(trt, data, piece, shape, settings.dtype_of(piece), log)
-            checks[piece.name] = facts
+            try:
+                _, checks[piece.name] = engine.prove(trt, data, piece, shape, settings.dtype_of(piece), log)
+            except engine.CannotLoad:
+                if self.runtime == "tensorrt":
+                    raise
         return checks
 
     def _build(
@@ -209,7 +217,6 @@ class TensorRT(Exporter):
     ) -> dict[str, Any]:
         """One component: the ONNX file, its proof, the engine, and what is known of it."""
         import onnx_ir as ir
-        import torch
 
         from compressor.onnx_files import graph, sparse, writing
         from compressor_tensorrt import builder, evidence
@@ -237,12 +244,17 @@ class TensorRT(Exporter):
         (target / "model.engine").write_bytes(data)
         text = (target / "build.log").read_text(encoding="utf-8")
         said, layers, ran = evidence.read_log(text), evidence.read_layers(text), "not run: no CUDA device here"
-        if torch.cuda.is_available():
+        if has_gpu():
             from compressor_tensorrt import engine
 
             shape = profiles[0].usual(piece, pipeline.folder)
             with (target / "build.log").open("a", encoding="utf-8") as stream:
-                layers, ran = engine.prove(trt, data, piece, shape, written["dtype"], builder.Log(stream))
+                try:
+                    layers, ran = engine.prove(trt, data, piece, shape, written["dtype"], builder.Log(stream))
+                except engine.CannotLoad as error:
+                    if self.runtime == "tensorrt":  # which builds for this GPU; the other one for those of users
+                        raise
+                    ran = f"not run: {error}"
         patterns = proof.pop("sparse", {})
         sizes = {layer.name: (layer.outputs, layer.inputs) for layer in piece.targets}
         return {

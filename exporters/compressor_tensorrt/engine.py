@@ -28,6 +28,10 @@ DTYPES = {
 """torch's types by TensorRT's names."""
 
 
+class CannotLoad(CompressorError):
+    """This GPU cannot run the engine; another may."""
+
+
 def prove(
     trt: Any, data: Any, piece: Piece, shape: Shape, dtype: str, log: Log
 ) -> tuple[tuple[EngineLayer, ...], dict[str, Any]]:
@@ -45,7 +49,8 @@ def prove(
         The engine's layers, and the checks: the relative L2 at that shape, and the tolerance.
 
     Raises:
-        CompressorError: if this GPU cannot run it, or it differs from torch.
+        CannotLoad: if this GPU cannot run it.
+        CompressorError: if it differs from torch.
     """
     engine, runtime = load(trt, data, log, piece.name)
     layers = read_engine(inspect(trt, engine))
@@ -68,7 +73,7 @@ def load(trt: Any, data: Any, log: Log, label: str) -> tuple[Any, Any]:
         The engine, and the runtime, which must live as long.
 
     Raises:
-        CompressorError: in the runtime's own words, if this GPU cannot run it.
+        CannotLoad: in the runtime's own words.
     """
     ears = listener(trt)
     ears.log_to = log
@@ -78,7 +83,7 @@ def load(trt: Any, data: Any, log: Log, label: str) -> tuple[Any, Any]:
     finally:
         ears.log_to = None
     if engine is None:
-        raise CompressorError(f"{label}: {version(trt)} cannot load the engine here: {'; '.join(log.errors)}")
+        raise CannotLoad(f"{label}: {version(trt)} cannot load the engine here: {'; '.join(log.errors)}")
     return engine, runtime
 
 

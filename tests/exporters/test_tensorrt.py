@@ -268,6 +268,19 @@ def test_an_engine_that_cannot_be_loaded_is_told_in_the_runtimes_words(tmp_path:
     assert "CUDA" in str(error.value)
 
 
+@rtx
+@no_gpu
+def test_an_engine_for_other_gpus_than_this_is_no_error_of_tensorrt_rtx(monkeypatch, tmp_path):
+    """Such as one built on an H200, which TensorRT-RTX does not run on. Here no GPU at all stands for it."""
+    monkeypatch.setattr("compressor_tensorrt.has_gpu", lambda: True)
+    pipeline = networks.pipeline_of(networks.sd3_medium())
+    out = export(pipeline, tmp_path)
+    assert out.checks["engine"].startswith("not run: transformer: TensorRT-RTX ")
+    assert " cannot load the engine here: " in out.checks["engine"]
+    exporter = TensorRT.model_validate({"runtime": "tensorrt_rtx", "profiles": [SMALL]})
+    assert exporter.verify(pipeline, tmp_path) == {}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt_rtx"])
