@@ -131,11 +131,16 @@ class TensorRT(Exporter):
         return None
 
     def check(self, folder: Folder) -> None:
-        """Refuses sizes that the model cannot draw, and compute capabilities that the runtime does not know."""
+        """Refuses components that the model lacks, sizes that it cannot draw, and unknown compute capabilities."""
         from compressor.onnx_files import pieces
         from compressor_tensorrt import builder
 
-        if self.compute_capabilities:
+        for name in self.components or ():
+            if pieces.known(name) not in folder.components:
+                raise CompressorError(
+                    f"components: no '{name}' to export: {folder.pipeline_class} has {', '.join(folder.components)}"
+                )
+        if self.compute_capabilities and find_spec(self.runtime) is not None:  # a plan needs no runtime
             trt = builder.load(self.runtime)
             for name in self.compute_capabilities:
                 try:

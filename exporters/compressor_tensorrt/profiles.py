@@ -69,13 +69,10 @@ class Profile(Options):
 
     def complete(self, folder: Folder) -> Profile:
         """The same with what was not given filled in from the model."""
-        own = {}
-        if self.height is None or self.width is None:
-            own["side"] = folder.default_size
         return Profile(
             batch=self.batch,
-            height=self.height or _only(own["side"]),
-            width=self.width or _only(own["side"]),
+            height=self.height or _only(folder.default_size),
+            width=self.width or _only(folder.default_size),
             sequence=self.sequence or _only(folder.text_tokens()),
         )
 

@@ -446,6 +446,19 @@ def test_a_size_that_the_model_cannot_draw_is_refused_by_plan_and_run(kind, prof
     assert not (tmp_path / "out").exists()
 
 
+def test_a_component_that_the_model_does_not_have_is_refused():
+    folder = open_folder(Model(source=str(tiny.folder("sd3"))))
+    TensorRT(components=("transformer", "vae_decoder")).check(folder)
+    with pytest.raises(CompressorError) as error:
+        TensorRT(components=("transformer", "unet")).check(folder)
+    assert str(error.value).startswith("components: no 'unet' to export: StableDiffusion3Pipeline has scheduler, ")
+
+
+def test_a_plan_needs_no_runtime(monkeypatch, tmp_path):
+    monkeypatch.setattr("compressor_tensorrt.find_spec", lambda name: None)
+    plan(recipe_of("sd3", tmp_path / "out", compute_capabilities=["8.6"], profiles=[{"batch": 2}]))
+
+
 @rtx
 def test_a_compute_capability_that_the_runtime_does_not_know_is_refused():
     folder = open_folder(Model(source=str(tiny.folder("sd3"))))
