@@ -71,7 +71,8 @@ class _Model(nn.Module, CacheMixin):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self.session = check.load(file, f"{file.parent.name}/{file.name}")
+        self.label = f"{file.parent.name}/{file.name}"
+        self.session = check.load(file, self.label)
         self.config: Any = FrozenDict(json.loads((file.parent / "config.json").read_text(encoding="utf-8")))
         self.takes = {given.name: _NUMPY[given.type] for given in self.session.get_inputs()}
         self.gives = [given.name for given in self.session.get_outputs()]
@@ -88,7 +89,13 @@ class _Model(nn.Module, CacheMixin):
         return torch.device("cpu")
 
     def run(self, **given: Any) -> dict[str, Tensor]:
-        """Runs the file on its inputs, each cast to the type that the file takes; other arguments are left out."""
+        """Runs the file on its inputs, each cast to the type that the file takes; other arguments are left out.
+
+        Raises:
+            CompressorError: if the pipeline does not give what the file takes.
+        """
+        if lacking := [name for name in self.takes if given.get(name) is None]:
+            raise CompressorError(f"{self.label}: takes {', '.join(lacking)}, which this pipeline does not give")
         feeds = {name: np.asarray(given[name].detach().cpu()).astype(dtype) for name, dtype in self.takes.items()}
         return {
             name: torch.from_numpy(found)
@@ -114,10 +121,18 @@ class _Network(_Model):
 class _TextEncoder(_Model):
     """CLIP, with or without its projection, or T5."""
 
-    def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **_rest: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_rest: Any,
+    ) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
         from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+        if attention_mask is not None and not attention_mask.all():
+            raise CompressorError(f"{self.label}: takes no attention_mask, which this pipeline gives; draw with torch")
         found = self.run(input_ids=input_ids)
         hidden = tuple(found.pop(name) for name in self.gives if name.startswith("hidden_states."))
         kind: Any = CLIPTextModelOutput if "text_embeds" in found else BaseModelOutputWithPooling

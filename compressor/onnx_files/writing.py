@@ -146,7 +146,7 @@ def _signature(file: Path) -> dict[str, Any]:
     def describe(values: Sequence[ir.Value]) -> dict[str, Any]:
         return {
             str(value.name): {
-                "dtype": str(value.dtype).lower(),
+                "dtype": "float32" if value.dtype is ir.DataType.FLOAT else str(value.dtype).lower(),
                 "shape": [size if isinstance(size, int) else str(size) for size in value.shape or ()],
             }
             for value in values

@@ -15,7 +15,7 @@ from compressor.plugin import Export, Exporter
 if TYPE_CHECKING:
     from compressor.onnx_files.pieces import Piece
     from compressor.onnx_files.writing import Settings
-    from compressor.pipeline import Pipeline
+    from compressor.pipeline import Folder, Pipeline
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
@@ -66,16 +66,29 @@ class ONNX(Exporter):
     sequence: int = Field(default=24, ge=2, description="text tokens of the traced shape; the file takes any number")
 
     def available(self) -> str | None:
-        """None if onnx, onnxruntime and onnxscript are installed and take the dtype, else what to do."""
+        """None if onnx, onnxruntime and onnxscript are installed, else how to install them."""
         missing = [name for name in PACKAGES if find_spec(name) is None]
-        if missing:
-            return f'onnx needs {", ".join(missing)}; pip install "diffusion-compressor[onnx]"'
-        if self.dtype == "bfloat16":
-            return (
-                "onnx: dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; "
-                "choose float16 or float32"
-            )
-        return None
+        return f'onnx needs {", ".join(missing)}; pip install "diffusion-compressor[onnx]"' if missing else None
+
+    def check(self, folder: Folder) -> None:
+        """Refuses components that the pipeline lacks, a dtype that cannot be proved, and a shape that does not suit.
+
+        Raises:
+            CompressorError: naming the option.
+        """
+        from compressor.onnx_files import pieces
+
+        self._check_dtype()
+        for name in self.components or ():
+            if pieces.known(name) not in folder.components:
+                having = ", ".join(folder.components)
+                raise CompressorError(f"components: no '{name}' to export: {folder.pipeline_class} has {having}")
+        unit = pieces.unit_of(folder.config(folder.network))
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None and (side % unit or side < 2 * unit):
+                raise CompressorError(
+                    f"{name}: should be a multiple of {unit} latents, at least {2 * unit}, found {side}"
+                )
 
     def export(self, pipeline: Pipeline, folder: Path) -> Export:
         """Writes `<component>/model.onnx` and the component's `config.json`, then proves each file.
@@ -133,7 +146,15 @@ class ONNX(Exporter):
     def _plan(self, pipeline: Pipeline) -> tuple[list[Piece], dict[str, str], Settings]:
         if (problem := self.available()) is not None:
             raise CompressorError(problem)
+        self._check_dtype()
         from compressor.onnx_files import pieces, writing
 
         settings = writing.Settings(**self.model_dump(exclude={"components"}))
         return *pieces.find(pipeline, self.components), settings
+
+    def _check_dtype(self) -> None:
+        if self.dtype == "bfloat16":
+            raise CompressorError(
+                "dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; "
+                "choose float16 or float32"
+            )

@@ -115,8 +115,8 @@ def test_the_manifest_says_what_was_written(result):
         "sha256": checkpoint.sha256(file),
     }
     checks = manifest["checks"]["transformer"]
-    assert checks["inputs"]["timestep"] == {"dtype": "float", "shape": ["batch"]}
-    assert checks["outputs"] == {"out_hidden_states": {"dtype": "float", "shape": ["batch", 4, "height", "width"]}}
+    assert checks["inputs"]["timestep"] == {"dtype": "float32", "shape": ["batch"]}
+    assert checks["outputs"] == {"out_hidden_states": {"dtype": "float32", "shape": ["batch", 4, "height", "width"]}}
     assert checks["opset"] == {entry.domain: entry.version for entry in onnx.load(file).opset_import}[""]
     assert checks["tolerance"] == 2e-5
     assert len(checks["numeric"]) == 2
@@ -253,6 +253,55 @@ def test_onnxruntime_that_is_not_installed_is_told_with_how_to_install_it(result
     assert call("generate", result, "--runtime", "onnxruntime", *DRAW).stderr == (
         'error: --runtime onnxruntime needs onnxruntime; pip install "diffusion-compressor[onnx]"\n'
     )
+
+
+def test_what_a_pipeline_and_a_file_do_not_share_is_told(result):
+    pipe = runtime.load(result / "onnx", result).pipe
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(CompressorError) as error:
+        pipe.text_encoder(ids, attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    assert str(error.value) == (
+        "text_encoder/model.onnx: takes no attention_mask, which this pipeline gives; draw with torch"
+    )
+    with pytest.raises(CompressorError) as error:
+        pipe.transformer(hidden_states=torch.ones(1, 4, 8, 8), timestep=torch.ones(1), return_dict=False)
+    assert str(error.value) == (
+        "transformer/model.onnx: takes encoder_hidden_states, pooled_projections, which this pipeline does not give"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            "dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; choose float16 or float32",
+        ),
+        (
+            {"components": ["transformer", "text_encoder_3"]},
+            "components: no 'text_encoder_3' to export: StableDiffusion3Pipeline has "
+            "scheduler, text_encoder, text_encoder_2, tokenizer, tokenizer_2, transformer, vae",
+        ),
+        ({"height": 7}, "height: should be a multiple of 2 latents, at least 4, found 7"),
+        ({"width": 2}, "width: should be a multiple of 2 latents, at least 4, found 2"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_recipe_that_does_not_suit_the_model_is_refused_before_anything_is_pruned(
+    tmp_path, monkeypatch, command, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    data = {
+        "model": str(tiny.folder("sd3")),
+        "prune": [{"magnitude": {"sparsity": 0.5}}],
+        "report": {"images": 0},
+        "export": [{"onnx": options}],
+    }
+    Path("r.yaml").write_text(yaml.safe_dump(data | {"output": "out"}))
+    found = call(command, "r.yaml")
+    assert found.exit_code == 1
+    assert found.stderr.endswith(f"error: export[0].onnx.{message}\n")
+    assert not Path("out").exists()
 
 
 def test_an_export_is_found_in_a_result_and_by_itself(result):

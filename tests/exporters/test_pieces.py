@@ -145,10 +145,20 @@ def test_bfloat16_is_written_and_onnxruntimes_cpu_provider_does_not_take_it(tmp_
     )
 
 
-def test_the_recipe_of_a_bfloat16_export_for_onnxruntime_is_refused_before_anything_is_pruned():
-    assert ONNX(dtype="bfloat16").available() == (
-        "onnx: dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; choose float16 or float32"
-    )
+def test_a_bfloat16_export_for_onnxruntime_is_refused(tmp_path):
+    with pytest.raises(CompressorError, match=r"^dtype: onnxruntime's CPU provider, which proves every file, takes no"):
+        ONNX(dtype="bfloat16").export(tiny.load("sd3"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_every_piece_is_in_the_operator_set_asked_for(opset, tmp_path):
+    piece = piece_of("text_encoder", text_encoder=tiny._t5())
+    file = tmp_path / "text_encoder" / "model.onnx"
+    file.parent.mkdir()
+    settings = Settings(opset=opset)
+    assert writing.write(piece, settings, file)["opset"] == opset
+    assert max(entry["relative_l2"] for entry in writing.prove(piece, settings, file)["numeric"]) < 2e-6
 
 
 def test_a_model_that_cannot_be_written_is_named_with_those_that_can():
@@ -203,7 +213,7 @@ def test_weights_above_2_gb_lie_beside_the_file_and_agree(tmp_path):
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=6,
+        num_layers=7,
         attention_head_dim=64,
         num_attention_heads=24,
         joint_attention_dim=64,
