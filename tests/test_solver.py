@@ -418,10 +418,10 @@ def test_layers_report_the_error_of_the_weights_as_they_are_kept(dtype):
 
 
 def test_layers_that_share_an_input_share_one_factorisation(monkeypatch):
-    from compressor_obs_diff import layers
+    from compressor_obs_diff import solvers
 
     calls = []
-    monkeypatch.setattr(layers, "factorise", lambda *args: calls.append(args[2]) or factorise(*args))
+    monkeypatch.setattr(solvers, "factorise", lambda *args: calls.append(args[2]) or factorise(*args))
     weight_OI, x_TI = problem(4, 8)
     packed = package([weight_OI.float()] * 3)
     held = {packed.groups[0].name: moments((x_TI.T @ x_TI).float())}
@@ -441,10 +441,10 @@ def test_a_damping_that_had_to_rise_is_reported():
 
 
 def test_double_precision_is_reported(monkeypatch):
-    from compressor_obs_diff import layers
+    from compressor_obs_diff import solvers
 
     monkeypatch.setattr(
-        layers, "factorise", lambda *args: SimpleNamespace(upper_II=torch.eye(8), damping=0.01, dtype=torch.float64)
+        solvers, "factorise", lambda *args: SimpleNamespace(upper_II=torch.eye(8), damping=0.01, dtype=torch.float64)
     )
     weight_OI, x_TI = problem(4, 8)
     packed = package([weight_OI.float()])
