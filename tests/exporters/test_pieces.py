@@ -206,7 +206,7 @@ def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_weights_above_2_gb_lie_beside_the_file_and_agree(tmp_path):
-    """Some 2.3 GB of float32: takes a minute, 8 GB of memory and 2.3 GB of disk."""
+    """Some 2.3 GB of float32: takes two minutes on a busy machine, and as much of disk."""
     torch.manual_seed(0)
     module = diffusers.SD3Transformer2DModel(
         sample_size=16,
