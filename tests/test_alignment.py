@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from compressor.structure.alignment import kept_count, spread
 
 from compressor.errors import CompressorError
+from compressor.structure.alignment import kept_count, spread
 
 
 @pytest.mark.parametrize(
