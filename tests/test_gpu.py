@@ -11,7 +11,7 @@ from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.solver import factorise, relative_error, sweep
 from safetensors.torch import load_file
 
-from compressor import recipe
+from compressor import recipe, report
 from compressor.calibration.moments import Moments
 from compressor.progress import Progress
 from compressor.run import run
@@ -49,6 +49,24 @@ def test_the_solve_on_a_gpu_loses_as_little_as_on_the_cpu(granularity, sparsity)
         assert int(removed.sum()) == granularity.zeros(96, 256, sparsity)
         errors[device] = relative_error(weight, new, second)
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])
+def test_heads_and_neurons_leave_in_half_precision_with_proof(kind: str, tmp_path: Path):
+    half = {"heads": 0.5, "neurons": 0.5, "multiple": 8, "keep_first": 0, "keep_last": 0}
+    data = {
+        "model": str(tiny.save(kind, tmp_path / "model", torch.float16)),
+        "device": "cuda",
+        "calibration": {"prompts": ["a", "b", "c d"], "steps": 3, "batch": 2, "packages": 2},
+        "prune": [{"obs_diff": {"granularity": {"structured": half}}}],
+        "report": {"images": 2, "steps": 2},
+        "output": str(tmp_path / "out"),
+    }
+    output = run(recipe.Recipe.model_validate(data), Progress())
+    found = report.read(output / "report.json")
+    assert found.structure is not None
+    assert found.sizes.after.parameters < found.sizes.before.parameters
+    assert all(proof.layer_error <= proof.layer_tolerance for proof in found.structure.proofs)
 
 
 def test_a_whole_run_in_half_precision_keeps_its_promises(tmp_path: Path):
