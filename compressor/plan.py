@@ -22,6 +22,7 @@ from compressor.prepare import (
     trace_at,
 )
 from compressor.recipe import Recipe
+from compressor.report import GroupSize
 from compressor.structure import Trace, find_groups, find_targets
 
 
@@ -44,27 +45,6 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
-class PlannedGroup:
-    """The heads or neurons of one attention or feed-forward: how many there are, and how many will stay.
-
-    Attributes:
-        name: such as `transformer_blocks.0.attn.heads`.
-        block: dotted name of the block.
-        kind: `heads` or `neurons`.
-        width: rows of a layer that one of them has: the head dimension, or 1.
-        before: how many there are.
-        after: how many will stay.
-    """
-
-    name: str
-    block: str
-    kind: str
-    width: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
 class PlannedPruning:
     """One entry of the recipe's `prune`.
 
@@ -80,7 +60,7 @@ class PlannedPruning:
 
     pruner: str
     layers: tuple[PlannedLayer, ...]
-    groups: tuple[PlannedGroup, ...]
+    groups: tuple[GroupSize, ...]
     shares: dict[str, float]
     whole: tuple[str, ...]
     packages: tuple[Package, ...]
@@ -202,7 +182,7 @@ def _plan_entry(
             note = explain_rank(targets, seen, texts, given.steps, guided)
             notes += [note] if note else []
     groups = tuple(
-        PlannedGroup(group.name, group.block, group.kind, group.width, group.count, group.count - removed)
+        GroupSize(group.name, group.block, group.kind, group.width, group.count, group.count - removed)
         for group, removed in entry.removals.items()
     )
     whole: dict[str, None] = {}

@@ -7,7 +7,8 @@ import math
 from collections import defaultdict
 from dataclasses import asdict, fields
 
-from compressor.plan import Plan, PlannedGroup, PlannedLayer, PlannedPruning
+from compressor.plan import Plan, PlannedLayer, PlannedPruning
+from compressor.report import GroupSize
 from compressor.units import count, percent, several, size
 
 
@@ -93,7 +94,7 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
     return lines
 
 
-def _share(kind: str, asked: float, groups: tuple[PlannedGroup, ...]) -> str:
+def _share(kind: str, asked: float, groups: tuple[GroupSize, ...]) -> str:
     """What was asked for and what whole heads and aligned widths come to."""
     own = [group for group in groups if group.kind == kind]
     before, after = sum(group.before for group in own), sum(group.after for group in own)

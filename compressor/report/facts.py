@@ -103,18 +103,16 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class GroupRow:
-    """What was taken out of one attention or feed-forward.
+class GroupSize:
+    """The heads or neurons of one attention or feed-forward, before and after some leave.
 
     Attributes:
         name: such as `transformer_blocks.0.attn.heads`.
         block: dotted name of its block.
         kind: `heads` or `neurons`.
         width: rows of a layer that one of them has: the head dimension, or 1.
-        before: how many there were.
-        after: how many there are.
-        removed: indices of those that left, ascending, as they were counted before.
-        asked: the share of its kind that the recipe's entry asked for; None if the pruner has no such option.
+        before: how many there are before.
+        after: how many there are after.
 
     """
 
@@ -124,6 +122,18 @@ class GroupRow:
     width: int
     before: int
     after: int
+
+
+@dataclass(frozen=True)
+class GroupRow(GroupSize):
+    """What was taken out of one attention or feed-forward.
+
+    Attributes:
+        removed: indices of those that left, ascending, as they were counted before.
+        asked: the share of its kind that the recipe's entry asked for; None if the pruner has no such option.
+
+    """
+
     removed: tuple[int, ...]
     asked: float | None = None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compressor.plugin import LayerResult, Removed
 from compressor_obs_diff.removal import Refit, Stream, refit, remove_greedily
+from compressor_obs_diff.solver import explain_damping
 
 if TYPE_CHECKING:
     from compressor.calibration import Moments, Package
@@ -52,7 +53,7 @@ def prune_groups(
         for target, fitted in zip(readers, fits, strict=True):
             _write(target, fitted, columns)
             moments.pop(inputs[target.name])
-            notes = _explain(fitted.damping, options.damping)
+            notes = explain_damping(fitted.damping, options.damping)
             if options.fusion == "rank_fusion" and len(readers) == 1:
                 notes += ("fusion rank_fusion has no effect here: no other layer reads what left",)
             yield LayerResult(target.name, fitted.error, fitted.damping, seconds / len(readers), notes)
@@ -119,9 +120,3 @@ def _write(target: Target, fitted: Refit, columns: Sequence[int]) -> None:
     linear.weight[:, index_K] = fitted.weight_OK.to(linear.weight.dtype)
     if fitted.bias_O is not None:
         linear.bias.copy_(fitted.bias_O)
-
-
-def _explain(used: float, asked: float) -> tuple[str, ...]:
-    if used == asked:
-        return ()
-    return (f"the Hessian could only be factorised with a damping of {used:g}, not {asked:g}",)

@@ -10,7 +10,7 @@ import torch
 
 from compressor.plugin import Elementwise, LayerResult
 from compressor_obs_diff.least_squares import fit
-from compressor_obs_diff.solver import relative_error
+from compressor_obs_diff.solver import explain_damping, relative_error
 from compressor_obs_diff.solvers import SOLVERS, Problem
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
         name = group.targets[0].name
         problem = Problem(second_II, options.damping, granularity, options.sparsity, options.block, name)
         factor = problem.factor
-        notes = _explain(factor.damping, options.damping, factor.dtype)
+        notes = explain_damping(factor.damping, options.damping, factor.dtype)
         for target in group.targets:
             weight = target.module.weight
             old_OI = weight.detach().to(torch.float32, copy=True)
@@ -53,10 +53,3 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
                 notes=notes,
             )
             start = time.perf_counter()
-
-
-def _explain(used: float, asked: float, dtype: torch.dtype) -> tuple[str, ...]:
-    if used == asked and dtype == torch.float32:
-        return ()
-    precision = " in float64" if dtype == torch.float64 else ""
-    return (f"the Hessian could only be factorised with a damping of {used:g}{precision}, not {asked:g}",)

@@ -71,6 +71,14 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
     )
 
 
+def explain_damping(used: float, asked: float, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """A note on a layer whose Hessian needed more damping, or more precision, than was asked for."""
+    if used == asked and dtype == torch.float32:
+        return ()
+    precision = " in float64" if dtype == torch.float64 else ""
+    return (f"the Hessian could only be factorised with a damping of {used:g}{precision}, not {asked:g}",)
+
+
 def sweep(
     weight_OI: Tensor, upper_II: Tensor, granularity: Elementwise, sparsity: float | None, block: int
 ) -> tuple[Tensor, Tensor]:
