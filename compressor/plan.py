@@ -177,7 +177,7 @@ def _plan_entry(
     if entry.pruner.moments != "none" and given is not None:
         packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
         forwards = len(packages) * given.steps * math.ceil(texts / given.batch)
-        if entry.pruner.moments == "second":
+        if entry.pruner.moments in ("second", "gradients"):
             guided = sampling.guided(folder, given.guidance)
             note = explain_rank(targets, seen, texts, given.steps, guided)
             notes += [note] if note else []

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compressor.pipeline import Folder, Pipeline
     from compressor.structure import Component, Group, Target
 
-MomentKind = Literal["none", "norms", "second"]
+MomentKind = Literal["none", "norms", "second", "gradients"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,12 @@ class Removed:
 class Pruner(Options, ABC):
     """Changes the component in place. Registered in the entry-point group `compressor.pruners`."""
 
-    moments: ClassVar[MomentKind] = "none"
-    """What this pruner asks of the calibration: nothing, per-input sums and norms, or the full second moment."""
+    @property
+    def moments(self) -> MomentKind:
+        """What this pruner asks of the calibration: nothing, per-input sums and norms, the full second moment, or that
+        and the second moments of the gradients at the layers' outputs.
+        """
+        return "none"
 
     @abstractmethod
     def check(self, targets: Sequence[Target]) -> None:

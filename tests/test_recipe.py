@@ -140,6 +140,15 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
             ".obs_diff: block has no effect: heads and neurons are chosen one by one and fitted anew; leave it out",
         ),
         (
+            "obs_diff: {objective: network, granularity: {structured: {heads: 0.3}}}",
+            ".obs_diff: objective has no effect: heads and neurons are chosen one by one and fitted anew; leave it out",
+        ),
+        (
+            "obs_diff: {sparsity: 0.5, objective: network}",
+            ".obs_diff: objective network needs solver admm: the sweep of obs takes every output for itself; choose "
+            "solver admm, or leave objective out",
+        ),
+        (
             "obs_diff: {sparsity: 0.5, solver: admm, block: 64}",
             ".obs_diff: block has no effect: solver admm has no blocks; leave it out",
         ),
@@ -189,7 +198,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ("obs_diff: {sparsity: 0.5, dampng: 1}", ".obs_diff.dampng: unknown key; did you mean 'damping'?"),
         (
             "obs_diff: {sparsity: 0.5, xyz: 1}",
-            ".obs_diff.xyz: unknown key; known: sparsity, granularity, weighting, solver, refit, damping, "
+            ".obs_diff.xyz: unknown key; known: sparsity, granularity, weighting, objective, solver, refit, damping, "
             "block, fusion",
         ),
         ("magnitud: {sparsity: 0.5}", ": no pruner named 'magnitud'; did you mean 'magnitude'?"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -12,8 +14,11 @@ from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.least_squares import TOLERANCE, fit
 from compressor_obs_diff.solver import factorise, sweep
 from compressor_obs_diff.solvers import SOLVERS, Problem
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressor.calibration import Group, Moments, Package
+from compressor.plugin import LayerResult
+from compressor.structure import Component
 from tests import tiny
 
 
@@ -107,6 +112,81 @@ def test_admm_comes_near_the_best_of_all_masks_and_nearer_than_the_sweep(granula
     assert excess[0] < excess[1]
 
 
+def metric(outputs: int, seed: int) -> Tensor:
+    """Of outputs that depend on one another and differ in size, float64."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    mixing_OO = torch.randn(outputs, outputs, generator=generator, dtype=torch.float64)
+    size_O = torch.rand(outputs, generator=generator, dtype=torch.float64) + 0.1
+    return (mixing_OO * size_O).T @ (mixing_OO * size_O) + 0.05 * torch.eye(outputs, dtype=torch.float64)
+
+
+def loss_in(outputs_OO: Tensor, weight_OI: Tensor, new_OI: Tensor, hessian_II: Tensor) -> float:
+    difference_OI = new_OI - weight_OI
+    return (outputs_OO @ difference_OI @ hessian_II * difference_OI).sum().item()
+
+
+def best_in(outputs_OO: Tensor, weight_OI: Tensor, hessian_II: Tensor, removed_OI: Tensor) -> Tensor:
+    """All rows at once, by a dense solve with the Kronecker product."""
+    whole = torch.kron(outputs_OO, hessian_II)
+    kept = (~removed_OI).flatten().nonzero()[:, 0]
+    new = torch.zeros_like(weight_OI.flatten())
+    new[kept] = torch.linalg.solve(whole[kept][:, kept], (whole @ weight_OI.flatten())[kept])
+    return new.view_as(weight_OI)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_metric_of_the_outputs_the_refit_is_the_least_squares_of_all_rows_together(seed):
+    weight_OI, hessian_II = problem(5, 12, seed)
+    outputs_OO = metric(5, seed)
+    removed_OI = torch.rand(5, 12, generator=torch.Generator().manual_seed(seed)) < 0.6
+    removed_OI[1] = True
+    fitted = fit(weight_OI, hessian_II, removed_OI, outputs_OO=outputs_OO)
+    assert fitted.residual <= TOLERANCE
+    expected = best_in(outputs_OO, weight_OI, hessian_II, removed_OI)
+    torch.testing.assert_close(fitted.weight_OI, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    by_row = loss_in(outputs_OO, weight_OI, fit(weight_OI, hessian_II, removed_OI).weight_OI, hessian_II)
+    assert loss_in(outputs_OO, weight_OI, fitted.weight_OI, hessian_II) < 0.99 * by_row
+    assert not fitted.weight_OI[removed_OI].any()
+
+
+@pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4)], ids=str)
+def test_in_a_metric_of_the_outputs_admm_comes_near_the_best_of_all_masks(granularity):
+    """Two rows of 6 or 4 inputs, half of which go: all 924 masks, or the 36 of 2:4."""
+    share, inputs = (0.5, 6) if granularity.needs_sparsity else (None, 4)
+    excess: dict[str, float] = {"with": 0.0, "without": 0.0}
+    for seed in range(12):
+        weight_OI, hessian_II = problem(2, inputs, seed)
+        outputs_OO = metric(2, seed)
+        best = float("inf")
+        for chosen in itertools.combinations(range(2 * inputs), inputs):
+            removed_OI = torch.zeros(2 * inputs, dtype=torch.bool)
+            removed_OI[list(chosen)] = True
+            removed_OI = removed_OI.view(2, inputs)
+            if isinstance(granularity, NM) and not (removed_OI.sum(1) == 2).all():
+                continue
+            new_OI = best_in(outputs_OO, weight_OI, hessian_II, removed_OI)
+            best = min(best, loss_in(outputs_OO, weight_OI, new_OI, hessian_II))
+        for name, given in (("with", outputs_OO), ("without", None)):
+            sparse_OI, removed_OI = admm.choose(weight_OI, hessian_II, granularity, share, given)
+            assert int(removed_OI.sum()) == inputs
+            assert not sparse_OI[removed_OI].any()
+            new_OI = best_in(outputs_OO, weight_OI, hessian_II, removed_OI)
+            found = loss_in(outputs_OO, weight_OI, new_OI, hessian_II)
+            assert found >= best * (1 - 1e-9)
+            excess[name] += found / best / 12
+    assert excess["with"] < 1.5
+    assert excess["with"] < excess["without"]
+
+
+def test_a_metric_in_which_all_outputs_count_the_same_changes_nothing():
+    weight_OI, hessian_II = problem(6, 16, 0)
+    same_OO = 7 * torch.eye(6, dtype=torch.float64)
+    plain_OI, removed_OI = admm.choose(weight_OI, hessian_II, Unstructured(), 0.5)
+    found_OI, chosen_OI = admm.choose(weight_OI, hessian_II, Unstructured(), 0.5, same_OO)
+    assert torch.equal(removed_OI, chosen_OI)
+    torch.testing.assert_close(found_OI, plain_OI)
+
+
 @pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4), NM(keep=1, of=4)], ids=str)
 @pytest.mark.parametrize("sparsity", [0.3, 0.51, 0.9])
 def test_every_solver_makes_exactly_as_many_zeros_as_asked(granularity, sparsity):
@@ -143,3 +223,86 @@ def test_a_recipes_options_reach_the_layers_and_lower_their_error(options):
         moments = calibration.collect(package, "second", pruner.weighting)
         errors[name] = [result.error or 0.0 for result in prune_package(pruner, package, moments)]
     assert sum(errors["other"]) < sum(errors["obs"])
+
+
+class Seen:
+    """The inputs of one layer in every forward."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.inputs: list[Tensor] = []
+        self.handle = layer.register_forward_pre_hook(lambda _, args: self.inputs.append(args[0].flatten(0, -2)))
+
+    def all(self) -> Tensor:
+        self.handle.remove()
+        return torch.cat(self.inputs).double()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd2"])
+def test_the_refit_moves_the_bias_where_there_is_one_and_the_error_counts_that(kind):
+    loaded = tiny.load(kind)
+    calibration = tiny.calibrate(loaded, packages=1)
+    (package,) = calibration.packages(loaded.targets, "second")
+    pruner = OBSDiff.model_validate({"sparsity": 0.6, "weighting": "uniform", "solver": "admm", "refit": True})
+    targets = [group.targets[-1] for group in package.groups]
+    seen = {group.targets[-1].name: Seen(group.targets[0].module) for group in package.groups}
+    moments = calibration.collect(package, "second", pruner.weighting)
+    dense = {target.name: copy.deepcopy(target.module).double() for target in targets}
+    results = {result.name: result for result in prune_package(pruner, package, moments)}
+    biased = 0
+    for target in targets:
+        x_TI = seen[target.name].all()
+        before, after = dense[target.name], copy.deepcopy(target.module).double()
+        difference_TO = after(x_TI) - before(x_TI)
+        whole_TO = x_TI @ before.weight.T
+        expected = (difference_TO.square().sum() / whole_TO.square().sum()).item()
+        assert results[target.name].error == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        if before.bias is not None:
+            biased += 1
+            assert not torch.equal(before.bias, after.bias)
+            # the best bias leaves no mean difference
+            assert difference_TO.mean(0).abs().max() < 1e-4 * whole_TO.abs().max()
+    assert biased > 0
+    assert (biased < len(targets)) == (kind == "sd2")
+
+
+def test_inputs_that_never_change_leave_the_bias_alone():
+    moments = Moments.empty(4, True, torch.device("cpu"))
+    moments.add(torch.tensor([[1.0, 2.0, 3.0, 4.0]]).expand(10, 4), 1.0)
+    layer = nn.Linear(4, 4)
+    before = layer.bias.detach().clone()
+    target = dataclasses.replace(tiny.load("sd3").targets[0], name="x", module=layer)
+    pruner = OBSDiff.model_validate({"sparsity": 0.5, "refit": True})
+    group = Group("x", (target,))
+    (result,) = prune_package(pruner, Package(1, 1, (group,), 0), {"x": moments.finish()})
+    assert torch.equal(layer.bias, before)
+    assert result.error is not None
+    assert torch.isfinite(layer.weight).all()
+
+
+def pruned_for(objective: str, kind: str) -> tuple[float, list[LayerResult]]:
+    """How far the network's output moves, on inputs of its own, and what is said about the layers."""
+    loaded = tiny.load(kind)
+    inputs = loaded.example_inputs()
+    with torch.no_grad():
+        before = loaded.module(**inputs, return_dict=False)[0]
+        calibration = tiny.calibrate(loaded, packages=2)
+        component = Component(loaded.component_name, loaded.module, loaded.family, loaded.targets)
+        pruner = OBSDiff.model_validate({"sparsity": 0.6, "solver": "admm", "refit": True, "objective": objective})
+        results = [result for result in pruner.prune(component, calibration) if isinstance(result, LayerResult)]
+        after = loaded.module(**inputs, return_dict=False)[0]
+    assert all(pruner.zeros(target) <= int((target.module.weight == 0).sum()) for target in loaded.targets)
+    return ((after - before).square().sum() / before.square().sum()).item(), results
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])
+def test_minding_the_networks_output_moves_it_less(kind):
+    by_layer, _ = pruned_for("layer", kind)
+    by_network, results = pruned_for("network", kind)
+    assert by_network < 0.9 * by_layer
+    notes = {result.name: result.notes for result in results if result.notes}
+    if kind == "sd3":  # the text's queries of the last block: nothing reads what they find
+        (name,) = notes
+        assert name.endswith("attn.add_q_proj")
+        assert notes[name] == ("the network's output does not depend on it: its own outputs' error was minimised",)
+    else:
+        assert not notes

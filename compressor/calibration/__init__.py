@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import sampling
+from compressor.calibration import gradients, sampling
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut
 from compressor.errors import CompressorError
@@ -128,7 +128,7 @@ class Calibration:
         """
         targets = tuple(targets)
         packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
-        if kind == "second":
+        if kind in ("second", "gradients"):
             guided = sampling.guided(self._pipeline.folder, self._options.guidance)
             note = explain_rank(targets, self._trace, len(self._encoded), self._options.steps, guided)
             if note:
@@ -141,7 +141,8 @@ class Calibration:
 
         Args:
             package: the layers.
-            kind: `norms`, or `second` for the full second moment as well.
+            kind: `norms`; `second` for the full second moment as well; `gradients` for that and for the second
+                moments of the gradients at the layers' outputs.
             weighting: how much each step counts.
 
         Returns:
@@ -168,11 +169,15 @@ class Calibration:
 
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting) -> dict[str, Moments]:
         device = self._pipeline.device
-        moments = {g.name: Moments.empty(g.inputs, kind == "second", device) for g in package.groups}
+        moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in package.groups}
+        if kind == "gradients":
+            for g in package.groups:
+                moments[g.name].gradients = {t.name: Moments.empty(t.outputs, True, device) for t in g.targets}
         batch = self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
         with (
             self._hooks(package, moments, weighting),
+            self._gradients(package, moments),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):
@@ -201,7 +206,7 @@ class Calibration:
 
         def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                moments[group.name].add(args[0], weight)
+                moments[group.name].add(args[0].detach(), weight)
 
             return hook
 
@@ -212,6 +217,16 @@ class Calibration:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _gradients(self, package: Package, moments: dict[str, Moments]) -> Iterator[None]:
+        """While it lasts, every forward of the network adds to the gradients' moments, where there are any."""
+        sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
+        targets = [target for group in package.groups for target in group.targets]
+        with ExitStack() as stack:
+            if sums:
+                stack.enter_context(gradients.watch(self._pipeline.module, targets, sums))
+            yield
 
     def _warn(self, text: str) -> None:
         """Tells the user at once, and again in the report."""

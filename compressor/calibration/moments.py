@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Moments:
         tokens: how many tokens were summed, unweighted; an integer tensor, so that no GPU is waited for.
         skipped: how many had an infinite or undefined entry and were left out; likewise.
         weight: sum of a_t over the tokens that were summed, float64: `total_I` over it is the inputs' mean.
+        gradients: for each layer that reads the input, moments of the gradients at its outputs, unweighted; empty
+            unless they were asked for.
     """
 
     squares_I: Tensor
@@ -29,6 +31,7 @@ class Moments:
     tokens: Tensor
     skipped: Tensor
     weight: Tensor
+    gradients: dict[str, Moments] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, inputs: int, second: bool, device: torch.device) -> Moments:

@@ -108,5 +108,7 @@ def _group(targets: list[Target], trace: Trace) -> tuple[Group, ...]:
 
 
 def _bytes(targets: list[Target], trace: Trace, kind: MomentKind) -> int:
-    widths = {trace.shared[target.name]: target.inputs for target in targets}
-    return sum(4 * width * (width + 2 if kind == "second" else 2) for width in widths.values())
+    widths = [*{trace.shared[target.name]: target.inputs for target in targets}.values()]
+    if kind == "gradients":
+        widths += [target.outputs for target in targets]
+    return sum(4 * width * (2 if kind == "norms" else width + 2) for width in widths)

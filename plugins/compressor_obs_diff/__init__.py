@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 class OBSDiff(Pruner):
     """Removes weights at the least cost to the layer's output and lets the remaining ones make up for them."""
 
-    moments: ClassVar[MomentKind] = "second"
-
     sparsity: float | None = Field(default=None, gt=0, lt=1, description="the share of each layer's weights to remove")
     granularity: Annotated[Granularity, Choice("granularity")] = Field(
         default="unstructured", validate_default=True, description="which weights stand or fall together"
@@ -37,11 +35,17 @@ class OBSDiff(Pruner):
     weighting: Annotated[Weighting, Choice("weighting")] = Field(
         default="log_decrease", validate_default=True, description="how much each inference step counts"
     )
+    objective: Literal["layer", "network"] = Field(
+        default="layer",
+        description="whose outputs are to stay as they are: the layer's, or, by gradients, the network's; "
+        "for solver admm",
+    )
     solver: Literal["obs", "admm"] = Field(
         default="obs", description="how single weights and N:M are chosen: by the paper's sweep, or by ADMM"
     )
     refit: bool = Field(
-        default=False, description="fit the weights that are left anew, by least squares; of single weights and N:M"
+        default=False,
+        description="fit the weights that are left, and the bias, by least squares; of single weights and N:M",
     )
     damping: float = Field(
         default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
@@ -58,16 +62,26 @@ class OBSDiff(Pruner):
         check_sparsity(self.granularity, self.sparsity)
         structured = isinstance(self.granularity, Structured)
         default = {name: field.default for name, field in type(self).model_fields.items()}
-        for name in ("solver", "refit", "block"):
+        for name in ("objective", "solver", "refit", "block"):
             if structured and getattr(self, name) != default[name]:
                 raise ValueError(
                     f"{name} has no effect: heads and neurons are chosen one by one and fitted anew; leave it out"
                 )
         if not structured and self.fusion != default["fusion"]:
             raise ValueError("fusion has no effect: only heads are shared by two streams; leave it out")
+        if self.objective == "network" and self.solver == "obs" and not structured:
+            raise ValueError(
+                "objective network needs solver admm: the sweep of obs takes every output for itself; choose solver "
+                "admm, or leave objective out"
+            )
         if self.solver != "obs" and self.block != default["block"]:
             raise ValueError(f"block has no effect: solver {self.solver} has no blocks; leave it out")
         return self
+
+    @property
+    def moments(self) -> MomentKind:
+        """Second moments, and those of gradients where the objective is the network's output."""
+        return "gradients" if self.objective == "network" else "second"
 
     def check(self, targets: Sequence[Target]) -> None:
         """Refuses layers whose shape does not fit the granularity."""

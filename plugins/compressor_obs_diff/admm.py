@@ -1,12 +1,15 @@
 """Chooses a mask by the alternating direction method of multipliers: matrix products instead of a loop over columns.
 
 Boza, "Fast and Effective Weight Update for Pruned Large Language Models" (TMLR 2024); Meng et al., "ALPS: Improved
-Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (NeurIPS 2024).
+Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (NeurIPS 2024). Errors of the outputs may be
+weighed by a metric, as Kronecker-factored curvature has it (van der Ouderaa et al., "The LLM Surgeon", ICLR 2024).
 """
 
 # Shapes: O outputs, I inputs.
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,20 +26,32 @@ RHO, GROWTH, EVERY = (
 
 
 def choose(
-    weight_OI: Tensor, hessian_II: Tensor, granularity: Elementwise, sparsity: float | None, rounds: int = ROUNDS
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    granularity: Elementwise,
+    sparsity: float | None,
+    outputs_OO: Tensor | None = None,
+    rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
     """Looks for sparse weights whose outputs are nearest to the dense ones.
 
-    In units in which H has a diagonal of ones, G = D^-1/2 H D^-1/2 and B0 = W D^1/2, it minimises |B - B0|^2 in G under
-    the constraint B = Z with Z sparse, in turns:
+    In units in which H has a diagonal of ones, A = D^-1/2 H D^-1/2 and B0 = W D^1/2, it minimises
+    tr (B - B0) A (B - B0)^T under the constraint B = Z with Z sparse, in turns:
 
-        B = (B0 G - V + rho Z) (G + rho)^-1,    Z = the largest of B + V / rho,    V += rho (B - Z)
+        B = (B0 A - V + rho Z) (A + rho)^-1,    Z = the largest of B + V / rho,    V += rho (B - Z)
+
+    With a metric G of the outputs it is tr G (W' - W) H (W' - W)^T, in units in which G has a diagonal of ones, too:
+    K = E^-1/2 G E^-1/2 and B0 = E^1/2 W D^1/2. Then B solves K B A + rho B = K B0 A - V + rho Z, and with K = P k P^T
+    and A = Q a Q^T
+
+        B = P ((P^T (K B0 A - V + rho Z) Q) / (k a^T + rho)) Q^T
 
     Args:
         weight_OI: the dense weights, float32 or float64. Not changed.
         hessian_II: damped, symmetric, positive definite, of the same dtype. Not changed.
         granularity: what is removed together.
         sparsity: the share of weights to remove, where the granularity needs one.
+        outputs_OO: G, damped, symmetric, positive definite, of the same dtype; the identity if none. Not changed.
         rounds: how many.
 
     Returns:
@@ -45,27 +60,69 @@ def choose(
     """
     outputs, inputs = weight_OI.shape
     scale_I = hessian_II.diagonal().sqrt()
-    gram_II = hessian_II / torch.outer(scale_I, scale_I)
-    target_OI = (weight_OI * scale_I) @ gram_II
-    sparse_OI = weight_OI * scale_I
+    gram_II = _correlation(hessian_II)
+    scale_OI = scale_I if outputs_OO is None else torch.outer(outputs_OO.diagonal().sqrt(), scale_I)
+    sparse_OI = weight_OI * scale_OI
+    solve: _System = _Inputs(gram_II) if outputs_OO is None else _Both(_correlation(outputs_OO), gram_II)
+    target_OI = solve.times(sparse_OI)
     dual_OI = torch.zeros_like(sparse_OI)
     removed_OI = torch.zeros_like(sparse_OI, dtype=torch.bool)
-    rho, inverse_II = RHO, gram_II
+    rho = RHO
     for turn in range(rounds):
         if turn % EVERY == 0:
             rho = RHO * GROWTH ** (turn // EVERY)
-            inverse_II = _inverse(gram_II, rho)
-        dense_OI = (target_OI - dual_OI + rho * sparse_OI) @ inverse_II
+            solve.raise_by(rho)
+        dense_OI = solve(target_OI - dual_OI + rho * sparse_OI)
         wanted_OI = dense_OI + dual_OI / rho
-        share = min(1.0, (turn + 1) / (RAMP * rounds))
-        now = None if sparsity is None else sparsity * share
+        left = 1 - min(1.0, (turn + 1) / (RAMP * rounds))
+        now = None if sparsity is None else sparsity * (1 - left**3)  # fast at first, when little is at stake
         removed_OI = granularity.mask(wanted_OI.abs(), granularity.zeros(outputs, inputs, now))
         sparse_OI = wanted_OI.masked_fill(removed_OI, 0)
         dual_OI += rho * (dense_OI - sparse_OI)
-    return (sparse_OI / scale_I).masked_fill_(removed_OI, 0), removed_OI
+    return (sparse_OI / scale_OI).masked_fill_(removed_OI, 0), removed_OI
 
 
-def _inverse(gram_II: Tensor, rho: float) -> Tensor:
-    raised_II = gram_II.clone()
-    raised_II.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(raised_II))
+def _correlation(matrix: Tensor) -> Tensor:
+    scale = matrix.diagonal().sqrt()
+    return matrix / torch.outer(scale, scale)
+
+
+class _System(Protocol):
+    """B A + rho B, or K B A + rho B, and its solution for B."""
+
+    def times(self, b_OI: Tensor) -> Tensor: ...
+    def raise_by(self, rho: float) -> None: ...
+    def __call__(self, wanted_OI: Tensor) -> Tensor: ...
+
+
+class _Inputs:
+    def __init__(self, gram_II: Tensor) -> None:
+        self.gram_II = gram_II
+
+    def times(self, b_OI: Tensor) -> Tensor:
+        return b_OI @ self.gram_II
+
+    def raise_by(self, rho: float) -> None:
+        raised_II = self.gram_II.clone()
+        raised_II.diagonal().add_(rho)
+        self.inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(raised_II))
+
+    def __call__(self, wanted_OI: Tensor) -> Tensor:
+        return wanted_OI @ self.inverse_II
+
+
+class _Both:
+    def __init__(self, gram_OO: Tensor, gram_II: Tensor) -> None:
+        self.gram_OO, self.gram_II = gram_OO, gram_II
+        k_O, self.p_OO = torch.linalg.eigh(gram_OO)
+        a_I, self.q_II = torch.linalg.eigh(gram_II)
+        self.product_OI = torch.outer(k_O.clamp(min=0), a_I.clamp(min=0))  # rounding may make the least ones negative
+
+    def times(self, b_OI: Tensor) -> Tensor:
+        return self.gram_OO @ b_OI @ self.gram_II
+
+    def raise_by(self, rho: float) -> None:
+        self.raised_OI = self.product_OI + rho
+
+    def __call__(self, wanted_OI: Tensor) -> Tensor:
+        return self.p_OO @ ((self.p_OO.T @ wanted_OI @ self.q_II) / self.raised_OI) @ self.q_II.T

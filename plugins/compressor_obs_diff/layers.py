@@ -1,5 +1,7 @@
 """Solves the layers of one package: one factorisation for all layers that share an input."""
 
+# Shapes: O outputs, I inputs.
+
 from __future__ import annotations
 
 import time
@@ -7,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from compressor.plugin import Elementwise, LayerResult
 from compressor_obs_diff.least_squares import fit
@@ -17,13 +20,18 @@ if TYPE_CHECKING:
     from compressor.calibration import Moments, Package
     from compressor_obs_diff import OBSDiff
 
+OUTPUT_DAMPING = 0.3
+"""Added to the diagonal of the outputs' metric, relative to its mean. Anything from 0.03 to 1 does as well."""
+LEAST_SPREAD = 1e-4
+"""Of the inputs about their mean, relative to their squares; below it, no bias absorbs the mean."""
+
 
 @torch.no_grad()
 def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments]) -> Iterator[LayerResult]:
     """Prunes every layer of a package in place, freeing each group's moments when its layers are done.
 
     Args:
-        options: sparsity, an elementwise granularity, solver, refit, damping and block.
+        options: sparsity, an elementwise granularity, objective, solver, refit, damping and block.
         package: the layers, grouped by the input they share.
         moments: by group; emptied.
     """
@@ -31,25 +39,70 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
     assert isinstance(granularity, Elementwise)
     for group in package.groups:
         start = time.perf_counter()
-        second_II = moments.pop(group.name).second_II
+        gathered = moments.pop(group.name)
+        second_II = gathered.second_II
         assert second_II is not None
-        name = group.targets[0].name
-        problem = Problem(second_II, options.damping, granularity, options.sparsity, options.block, name)
-        factor = problem.factor
-        notes = explain_damping(factor.damping, options.damping, factor.dtype)
+        mean_I = _mean(gathered) if options.refit else None
+        problems: dict[bool, Problem] = {}
         for target in group.targets:
-            weight = target.module.weight
+            weight, bias = target.module.weight, target.module.bias
+            absorbed_I = mean_I if bias is not None else None
+            absorbs = absorbed_I is not None
+            if absorbs not in problems:
+                problems[absorbs] = Problem(
+                    second_II if absorbed_I is None else _about(absorbed_I, gathered),
+                    options.damping,
+                    granularity,
+                    options.sparsity,
+                    options.block,
+                    target.name,
+                )
+            problem = problems[absorbs]
+            notes = explain_damping(problem.factor.damping, options.damping, problem.factor.dtype)
+            outputs_OO = None
+            if options.objective == "network":
+                outputs_OO = _metric(gathered.gradients.pop(target.name))
+                if outputs_OO is None:
+                    notes += ("the network's output does not depend on it: its own outputs' error was minimised",)
             old_OI = weight.detach().to(torch.float32, copy=True)
-            new_OI, removed_OI = SOLVERS[options.solver](old_OI, problem)
+            new_OI, removed_OI = SOLVERS[options.solver](old_OI, problem, outputs_OO)
             if options.refit:
-                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI).weight_OI
+                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI, outputs_OO).weight_OI
             weight.copy_(new_OI)
+            if bias is not None and absorbed_I is not None:
+                bias.copy_(bias.float() + (old_OI - weight.float()) @ absorbed_I)
             now = time.perf_counter()
             yield LayerResult(
                 name=target.name,
-                error=relative_error(old_OI, weight.float(), second_II),
-                damping=factor.damping,
+                error=relative_error(old_OI, weight.float(), problem.second_II, second_II),
+                damping=problem.factor.damping,
                 seconds=now - start,
                 notes=notes,
             )
             start = time.perf_counter()
+
+
+def _mean(moments: Moments) -> Tensor | None:
+    """Of the inputs, or None where they hardly differ from it, so that nothing would be left to choose weights by."""
+    assert moments.second_II is not None
+    mean_I = (moments.total_I / moments.weight).to(moments.total_I.dtype)
+    squares = moments.second_II.diagonal().sum()
+    spread = squares - moments.weight * mean_I.square().sum()
+    return mean_I if spread > LEAST_SPREAD * squares else None
+
+
+def _about(mean_I: Tensor, moments: Moments) -> Tensor:
+    """The second moment about the mean: what is left of an error once the bias has absorbed its mean."""
+    assert moments.second_II is not None
+    return torch.addr(moments.second_II, mean_I, mean_I, alpha=-moments.weight.item())
+
+
+def _metric(gradients: Moments) -> Tensor | None:
+    """The damped mean of g g^T, in units of its mean diagonal; None where all gradients are zero or not finite."""
+    assert gradients.second_II is not None
+    mean = gradients.second_II.diagonal().mean()
+    if not (torch.isfinite(mean) and mean > 0):
+        return None
+    metric_OO = gradients.second_II / mean
+    metric_OO.diagonal().add_(OUTPUT_DAMPING)
+    return metric_OO

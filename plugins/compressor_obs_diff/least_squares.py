@@ -2,7 +2,8 @@
 
 With the mask fixed, each row w of a layer has a problem of its own, min (w - w0) H (w - w0)^T with w = 0 where the mask
 says so. Its solution is H_KK^-1 (H w0)_K on the kept columns K, another K in every row. Conjugate gradients solve all
-rows together with one product by H a step, as proposed for pruning by Meng et al., "ALPS" (NeurIPS 2024).
+rows together with one product by H a step, as proposed for pruning by Meng et al., "ALPS" (NeurIPS 2024). With a
+metric G of the outputs, tr G (W' - W) H (W' - W)^T, the rows depend on one another: a step is a product by H and by G.
 """
 
 # Shapes: O outputs, I inputs.
@@ -25,7 +26,8 @@ class Fitted:
 
     Attributes:
         weight_OI: zero where the mask says so.
-        residual: the largest of any row, relative to its right-hand side; above `TOLERANCE` only after `MOST_STEPS`.
+        residual: the largest of any row (with G, of all together), relative to its right-hand side; above `TOLERANCE`
+            only after `MOST_STEPS`.
         steps: products by the Hessian.
     """
 
@@ -34,7 +36,13 @@ class Fitted:
     steps: int
 
 
-def fit(weight_OI: Tensor, hessian_II: Tensor, removed_OI: Tensor, start_OI: Tensor | None = None) -> Fitted:
+def fit(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    removed_OI: Tensor,
+    start_OI: Tensor | None = None,
+    outputs_OO: Tensor | None = None,
+) -> Fitted:
     """Fits the weights that are left to the dense layer's outputs.
 
     Args:
@@ -42,33 +50,45 @@ def fit(weight_OI: Tensor, hessian_II: Tensor, removed_OI: Tensor, start_OI: Ten
         hessian_II: damped, symmetric, positive definite, of the same dtype. Not changed.
         removed_OI: True where a weight is to be zero.
         start_OI: weights to begin from, zero where `removed_OI`; the dense ones on the mask if none.
+        outputs_OO: G, damped, symmetric, positive definite, of the same dtype; the identity if none. Not changed.
 
     Returns:
-        Never a larger (w - w0) H (w - w0)^T in any row than that of the start.
+        Never a larger error than that of the start: in any row, or with G in all together.
     """
-    diagonal_I = hessian_II.diagonal()
-    wanted_OI = (weight_OI @ hessian_II).masked_fill_(removed_OI, 0)
-    norm_O = wanted_OI.norm(dim=1).clamp(min=torch.finfo(wanted_OI.dtype).tiny)
+
+    def product(x_OI: Tensor) -> Tensor:
+        x_OI = x_OI @ hessian_II
+        return (x_OI if outputs_OO is None else outputs_OO @ x_OI).masked_fill_(removed_OI, 0)
+
+    def dot(a_OI: Tensor, b_OI: Tensor) -> Tensor:
+        products_O = (a_OI * b_OI).sum(1)
+        return products_O if outputs_OO is None else products_O.sum().expand_as(products_O)
+
+    diagonal_OI = hessian_II.diagonal().expand_as(weight_OI)
+    if outputs_OO is not None:
+        diagonal_OI = torch.outer(outputs_OO.diagonal(), hessian_II.diagonal())
+    wanted_OI = product(weight_OI)
+    norm_O = dot(wanted_OI, wanted_OI).sqrt().clamp(min=torch.finfo(wanted_OI.dtype).tiny)
     x_OI = (weight_OI if start_OI is None else start_OI).masked_fill(removed_OI, 0)
-    residual_OI = wanted_OI - (x_OI @ hessian_II).masked_fill_(removed_OI, 0)
-    scaled_OI = residual_OI / diagonal_I
+    residual_OI = wanted_OI - product(x_OI)
+    scaled_OI = residual_OI / diagonal_OI
     direction_OI = scaled_OI.clone()
-    rho_O = (residual_OI * scaled_OI).sum(1)
-    worst = (residual_OI.norm(dim=1) / norm_O).max().item()
+    rho_O = dot(residual_OI, scaled_OI)
+    worst = (dot(residual_OI, residual_OI).sqrt() / norm_O).max().item()
     steps = 0
     while worst > TOLERANCE and steps < MOST_STEPS:
-        product_OI = (direction_OI @ hessian_II).masked_fill_(removed_OI, 0)
-        curvature_O = (direction_OI * product_OI).sum(1)
+        product_OI = product(direction_OI)
+        curvature_O = dot(direction_OI, product_OI)
         # a row that has arrived stands still
         alpha_O = torch.where(curvature_O > 0, rho_O / curvature_O, 0)
         x_OI += alpha_O[:, None] * direction_OI
         residual_OI -= alpha_O[:, None] * product_OI
-        scaled_OI = residual_OI / diagonal_I
-        next_O = (residual_OI * scaled_OI).sum(1)
+        scaled_OI = residual_OI / diagonal_OI
+        next_O = dot(residual_OI, scaled_OI)
         beta_O = torch.where(rho_O > 0, next_O / rho_O, 0)
         direction_OI = scaled_OI + beta_O[:, None] * direction_OI
         rho_O = next_O
         steps += 1
         if steps % 10 == 0:  # looking at it waits for the GPU
-            worst = (residual_OI.norm(dim=1) / norm_O).max().item()
+            worst = (dot(residual_OI, residual_OI).sqrt() / norm_O).max().item()
     return Fitted(x_OI, worst, steps)

@@ -120,15 +120,17 @@ def sweep(
     return weight_OI, removed_OI
 
 
-def relative_error(old_OI: Tensor, new_OI: Tensor, second_II: Tensor) -> float:
+def relative_error(old_OI: Tensor, new_OI: Tensor, second_II: Tensor, dense_II: Tensor | None = None) -> float:
     """||W X - W' X||^2 / ||W X||^2 from the second moment of X.
 
     Args:
         old_OI: W, float32.
         new_OI: W', float32.
-        second_II: sum of x x^T, float32, undamped.
+        second_II: sum of x x^T, float32, undamped; about the mean of x, where a bias absorbs what that contributes.
+        dense_II: what ||W X||^2 is measured by, if not `second_II`.
     """
     difference_OI = new_OI - old_OI
     lost = (difference_OI @ second_II * difference_OI).sum(dtype=torch.float64)
-    total = (old_OI @ second_II * old_OI).sum(dtype=torch.float64)
+    dense_II = second_II if dense_II is None else dense_II
+    total = (old_OI @ dense_II * old_OI).sum(dtype=torch.float64)
     return (lost / total).item() if total > 0 else 0.0

@@ -1,12 +1,12 @@
-"""The solvers that a recipe can name, behind one interface: dense weights and a Hessian in, sparse weights out."""
+"""The solvers that a recipe can name, behind one interface: dense weights and metrics in, sparse weights out."""
 
 # Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from compressor_obs_diff.solver import Factor, factorise, sweep
 
 @dataclass(frozen=True)
 class Problem:
-    """What all layers that read one input have in common.
+    """What layers that read one input have in common.
 
     Attributes:
         second_II: the Hessian, undamped, float32.
@@ -48,16 +48,28 @@ class Problem:
         return damped_II
 
 
-Solver = Callable[[Tensor, Problem], tuple[Tensor, Tensor]]
+class Solver(Protocol):
+    """Chooses what goes and updates the rest."""
+
+    def __call__(self, weight_OI: Tensor, problem: Problem, outputs_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """New weights and the mask of what was removed (True), both O x I.
+
+        Args:
+            weight_OI: dense, float32. Not changed.
+            problem: its inputs.
+            outputs_OO: a metric of its outputs, positive definite; the identity if none. Not changed.
+        """
+        ...
 
 
-def _sweep(weight_OI: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def _sweep(weight_OI: Tensor, problem: Problem, outputs_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    assert outputs_OO is None, "the sweep takes every row for itself"
     return sweep(weight_OI, problem.factor.upper_II, problem.granularity, problem.sparsity, problem.block)
 
 
-def _admm(weight_OI: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    return admm.choose(weight_OI, problem.damped_II, problem.granularity, problem.sparsity)
+def _admm(weight_OI: Tensor, problem: Problem, outputs_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return admm.choose(weight_OI, problem.damped_II, problem.granularity, problem.sparsity, outputs_OO)
 
 
 SOLVERS: dict[str, Solver] = {"obs": _sweep, "admm": _admm}
-"""By the name in the recipe. Each takes float32 weights, O x I, which it does not change."""
+"""By the name in the recipe."""

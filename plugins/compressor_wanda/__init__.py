@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 class Wanda(Pruner):
     """Removes the weights of least |w| times input norm from every output row; the others stay as they are."""
 
-    moments: ClassVar[MomentKind] = "norms"
-
     sparsity: float | None = Field(
         default=None, gt=0, lt=1, description="the share of each row's weights to remove, rounded down"
     )
@@ -35,6 +33,11 @@ class Wanda(Pruner):
     weighting: Annotated[Weighting, Choice("weighting")] = Field(
         default="uniform", validate_default=True, description="how much each inference step counts"
     )
+
+    @property
+    def moments(self) -> MomentKind:
+        """Norms are all it needs."""
+        return "norms"
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Any:

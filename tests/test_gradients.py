@@ -1,0 +1,120 @@
+"""Second moments of gradients, against Jacobians that are known, and what gathering them leaves as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from compressor_obs_diff.weightings import LogDecrease
+from torch import Tensor, nn
+
+from compressor.calibration import gradients
+from compressor.calibration.moments import Moments
+from compressor.structure import Target
+from tests import tiny
+
+
+class Two(nn.Module):
+    """Two linears; a third one that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.idle = nn.Linear(3, 5), nn.Linear(5, 2), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        hidden = self.first(x)
+        self.idle(hidden)
+        return (self.second(hidden),)
+
+
+def targets_of(network: Two) -> list[Target]:
+    known = tiny.load("sd3").targets[0]
+    layers = {"first": network.first, "second": network.second, "idle": network.idle}
+    return [dataclasses.replace(known, name=name, module=layer) for name, layer in layers.items()]
+
+
+def gather(network: Two, calls: int, tokens: int) -> dict[str, Moments]:
+    targets = targets_of(network)
+    sums = {target.name: Moments.empty(target.outputs, True, torch.device("cpu")) for target in targets}
+    with torch.no_grad(), gradients.watch(network, targets, sums):
+        for call in range(calls):
+            x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(call))
+            network(x)
+            assert not torch.is_grad_enabled()
+    return sums
+
+
+def mean(sums: Moments) -> Tensor:
+    assert sums.second_II is not None
+    return sums.second_II / sums.tokens
+
+
+def test_they_are_what_the_jacobian_says():
+    network = Two()
+    sums = gather(network, 40, 2000)
+    jacobian_KO = network.second.weight.detach()  # of the output by the first layer's output
+    expected_OO = jacobian_KO.T @ jacobian_KO
+    assert (mean(sums["first"]) - expected_OO).norm() < 0.05 * expected_OO.norm()
+    assert (mean(sums["second"]) - torch.eye(2)).norm() < 0.05
+    assert not mean(sums["idle"]).any()
+
+
+def test_a_quarter_of_the_calls_and_always_the_first_are_differentiated_and_the_same_ones_again():
+    network = Two()
+    assert int(gather(network, 1, 7)["first"].tokens) == 7
+    first, again = gather(network, 400, 1), gather(network, 400, 1)
+    assert 70 <= int(first["first"].tokens) <= 130
+    assert torch.equal(mean(first["first"]), mean(again["first"]))
+
+
+class Interrupted(Exception):
+    """Comes from within a forward."""
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_nothing_is_left_behind(breaks):
+    network = Two()
+    network.idle.requires_grad_(False)
+    targets = targets_of(network)
+    sums = {target.name: Moments.empty(target.outputs, True, torch.device("cpu")) for target in targets}
+
+    def fail(*_: Any) -> None:
+        if breaks:
+            raise Interrupted
+
+    network.second.register_forward_pre_hook(fail)
+    x = torch.randn(4, 3)
+    try:
+        with torch.no_grad(), gradients.watch(network, targets, sums):
+            (found,) = network(x)
+            assert not found.requires_grad
+    except Interrupted:
+        assert breaks
+    assert torch.is_grad_enabled()
+    assert [p.requires_grad for p in network.parameters()] == [True] * 4 + [False] * 2
+    hooks = [*network._forward_hooks.values(), *network._forward_pre_hooks.values()]
+    hooks += [hook for target in targets for hook in target.module._forward_hooks.values()]
+    assert not hooks
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd2", "sdxl", "flux"])
+def test_gathering_them_changes_nothing_else_that_is_gathered(kind):
+    loaded = tiny.load(kind)
+    found = {}
+    for moments in ("second", "gradients"):
+        calibration = tiny.calibrate(loaded, packages=2)
+        package = calibration.packages(loaded.targets, moments)[1]
+        found[moments] = calibration.collect(package, moments, LogDecrease())
+    for name, plain in found["second"].items():
+        other = found["gradients"][name]
+        assert torch.equal(plain.second_II, other.second_II)
+        assert not plain.gradients
+        for layer, sums in other.gradients.items():
+            outputs = dict(loaded.module.named_modules())[layer].out_features
+            assert sums.second_II.shape == (outputs, outputs)
+            assert 0 < int(sums.tokens) < int(plain.tokens)
+            assert int(sums.skipped) == 0
+    assert any(sums.second_II.any() for m in found["gradients"].values() for sums in m.gradients.values())
