@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from compressor_obs_diff.solver import factorise, sweep
 from compressor_obs_diff.solvers import SOLVERS, Problem
 from torch import Tensor, nn
 
-from compressor.calibration import Group, Moments, Package
+from compressor.calibration import Group, Moments, Package, sampling
 from compressor.plugin import LayerResult
 from compressor.structure import Component
 from tests import tiny
@@ -280,16 +281,22 @@ def test_inputs_that_never_change_leave_the_bias_alone():
 
 
 def pruned_for(objective: str, kind: str) -> tuple[float, list[LayerResult]]:
-    """How far the network's output moves, on inputs of its own, and what is said about the layers."""
+    """How far the network's output moves at each step of a fresh sampling, and what is said about the layers."""
     loaded = tiny.load(kind)
-    inputs = loaded.example_inputs()
+    calls: list[tuple[Any, Any, Tensor]] = []
+    handle = loaded.module.register_forward_hook(
+        lambda _, args, kwargs, result: calls.append((args, kwargs, result[0])), with_kwargs=True
+    )
+    encoded = sampling.encode(loaded, tiny.PROMPTS, 3.0, 1, "test")
+    sampling.sample(loaded, encoded, sampling.Settings(4, 3.0, tiny.SIDE, tiny.SIDE), "latent")
+    handle.remove()
     with torch.no_grad():
-        before = loaded.module(**inputs, return_dict=False)[0]
         calibration = tiny.calibrate(loaded, packages=2)
         component = Component(loaded.component_name, loaded.module, loaded.family, loaded.targets)
         pruner = OBSDiff.model_validate({"sparsity": 0.6, "solver": "admm", "refit": True, "objective": objective})
         results = [result for result in pruner.prune(component, calibration) if isinstance(result, LayerResult)]
-        after = loaded.module(**inputs, return_dict=False)[0]
+        before = torch.cat([result for _, _, result in calls])
+        after = torch.cat([loaded.module(*args, **kwargs)[0] for args, kwargs, _ in calls])
     assert all(pruner.zeros(target) <= int((target.module.weight == 0).sum()) for target in loaded.targets)
     return ((after - before).square().sum() / before.square().sum()).item(), results
 
@@ -298,7 +305,7 @@ def pruned_for(objective: str, kind: str) -> tuple[float, list[LayerResult]]:
 def test_minding_the_networks_output_moves_it_less(kind):
     by_layer, _ = pruned_for("layer", kind)
     by_network, results = pruned_for("network", kind)
-    assert by_network < 0.9 * by_layer
+    assert by_network < 0.7 * by_layer
     notes = {result.name: result.notes for result in results if result.notes}
     if kind == "sd3":  # the text's queries of the last block: nothing reads what they find
         (name,) = notes

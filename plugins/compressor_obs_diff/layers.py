@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.plugin import Elementwise, LayerResult
-from compressor_obs_diff.least_squares import fit
+from compressor_obs_diff.least_squares import MOST_STEPS, fit
 from compressor_obs_diff.solver import explain_damping, relative_error
 from compressor_obs_diff.solvers import SOLVERS, Problem
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from compressor_obs_diff import OBSDiff
 
 OUTPUT_DAMPING = 0.3
-"""Added to the diagonal of the outputs' metric, relative to its mean. Anything from 0.03 to 1 does as well."""
+"""Added to the diagonal of the outputs' metric, relative to its mean. From 0.1 to 1, one forward's
+error differed by less than a fifth on the built-in pipelines.
+"""
+COUPLED_STEPS = 50
+"""Of the refit in the outputs' metric, whose rows depend on one another: ADMM leaves little to do."""
 LEAST_SPREAD = 1e-4
 """Of the inputs about their mean, relative to their squares; below it, no bias absorbs the mean."""
 
@@ -67,7 +71,8 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
             old_OI = weight.detach().to(torch.float32, copy=True)
             new_OI, removed_OI = SOLVERS[options.solver](old_OI, problem, outputs_OO)
             if options.refit:
-                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI, outputs_OO).weight_OI
+                most = MOST_STEPS if outputs_OO is None else COUPLED_STEPS
+                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI, outputs_OO, most).weight_OI
             weight.copy_(new_OI)
             if bias is not None and absorbed_I is not None:
                 bias.copy_(bias.float() + (old_OI - weight.float()) @ absorbed_I)

@@ -27,7 +27,7 @@ class Fitted:
     Attributes:
         weight_OI: zero where the mask says so.
         residual: the largest of any row (with G, of all together), relative to its right-hand side; above `TOLERANCE`
-            only after `MOST_STEPS`.
+            only after the most steps.
         steps: products by the Hessian.
     """
 
@@ -42,6 +42,7 @@ def fit(
     removed_OI: Tensor,
     start_OI: Tensor | None = None,
     outputs_OO: Tensor | None = None,
+    most: int = MOST_STEPS,
 ) -> Fitted:
     """Fits the weights that are left to the dense layer's outputs.
 
@@ -51,6 +52,7 @@ def fit(
         removed_OI: True where a weight is to be zero.
         start_OI: weights to begin from, zero where `removed_OI`; the dense ones on the mask if none.
         outputs_OO: G, damped, symmetric, positive definite, of the same dtype; the identity if none. Not changed.
+        most: steps, at the most.
 
     Returns:
         Never a larger error than that of the start: in any row, or with G in all together.
@@ -76,7 +78,7 @@ def fit(
     rho_O = dot(residual_OI, scaled_OI)
     worst = (dot(residual_OI, residual_OI).sqrt() / norm_O).max().item()
     steps = 0
-    while worst > TOLERANCE and steps < MOST_STEPS:
+    while worst > TOLERANCE and steps < most:
         product_OI = product(direction_OI)
         curvature_O = dot(direction_OI, product_OI)
         # a row that has arrived stands still
