@@ -1,4 +1,4 @@
-"""The pipelines that ship with the package: finds their folders by name, and sees that no weights file is damaged.
+"""What ships with the package under `builtin:NAME`: pipelines, whose weights are checked for damage, and prompts.
 
 Imports neither torch nor diffusers, so that a recipe can be checked at once.
 """
@@ -14,11 +14,17 @@ from compressor.errors import CompressorError
 from compressor.options import suggest
 
 _SHAPES = Path(__file__).parent / "shapes"
+_CAPTIONS = Path(__file__).parent / "captions"
 
 
 def names() -> tuple[str, ...]:
     """The built-in pipelines, as they are written after `builtin:`."""
     return tuple(sorted(_index(_SHAPES)["pipelines"]))
+
+
+def prompt_names() -> tuple[str, ...]:
+    """The built-in prompts: `captions` for models of the world, and each built-in pipeline's own."""
+    return ("captions", *names())
 
 
 def path(name: str) -> Path:
@@ -30,24 +36,25 @@ def path(name: str) -> Path:
     Raises:
         CompressorError: There is no such pipeline, or one of its weights files is damaged or missing.
     """
-    _known(name)
+    _known("pipeline", name, names())
     folder = _index(_SHAPES)["pipelines"][name]
     verify(_SHAPES, folder)
     return _SHAPES / folder
 
 
 def prompts(name: str, use: Literal["calibration", "evaluation"]) -> list[str]:
-    """The captions that ship with a built-in pipeline: two lists without a caption in common.
+    """The prompts that ship under a name: two lists without a caption in common.
 
     Args:
-        name: One of `names()`.
+        name: One of `prompt_names()`.
         use: Which list.
 
     Raises:
-        CompressorError: There is no such pipeline.
+        CompressorError: There are no such prompts.
     """
-    _known(name)
-    return (_SHAPES / "data" / f"{use}.txt").read_text(encoding="utf-8").splitlines()
+    _known("prompts", name, prompt_names())
+    folder = _CAPTIONS if name == "captions" else _SHAPES / "data"
+    return (folder / f"{use}.txt").read_text(encoding="utf-8").splitlines()
 
 
 def verify(root: Path, within: str) -> None:
@@ -73,11 +80,10 @@ def verify(root: Path, within: str) -> None:
             )
 
 
-def _known(name: str) -> None:
-    known = names()
+def _known(what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         hint = suggest(name, known) or ";"
-        raise CompressorError(f"no built-in pipeline named '{name}'{hint} known: {', '.join(known)}")
+        raise CompressorError(f"no built-in {what} named '{name}'{hint} known: {', '.join(known)}")
 
 
 def _index(root: Path) -> dict[str, dict[str, str]]:

@@ -164,9 +164,10 @@ def recipes(name: str | None) -> None:
     """List the recipes that came with the package, or print the one called NAME."""
     shipped = recipe.shipped()
     if name is None:
+        width = max(map(len, shipped))
         for found, path in shipped.items():
             first = path.read_text(encoding="utf-8").splitlines()[0]
-            click.echo(f"{found:<24} {first.removeprefix('#').strip()}")
+            click.echo(f"{found:<{width}}  {first.removeprefix('#').strip()}")
         return
     if name not in shipped:
         from compressor.options import suggest

@@ -1,4 +1,4 @@
-"""Reads prompts from a list, a text file, a column of a table, or a built-in pipeline, and draws some of them."""
+"""Reads prompts from a list, a text file, a column of a table, or a built-in list, and draws some of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def read(prompts: Prompts, use: Literal["calibration", "evaluation"]) -> tuple[s
 
     Args:
         prompts: where they are.
-        use: which of a built-in pipeline's two disjoint lists to take.
+        use: which of two disjoint lists to take of what is built in.
 
     Raises:
-        CompressorError: if the file is missing, unreadable or empty, or has no such column.
+        CompressorError: if the file is missing, unreadable or empty, or has no such column, or nothing of that name is
+            built in.
     """
     if prompts.builtin is not None:
         found = builtin.prompts(prompts.builtin, use)

@@ -35,12 +35,14 @@ class Model(Options):
 
 
 class Prompts(Options):
-    """Where prompts come from: one of a list of texts, a file, or a built-in pipeline's own captions."""
+    """Where prompts come from: one of a list of texts, a file, or a built-in list."""
 
     texts: tuple[str, ...] | None = Field(default=None, strict=False, description="the prompts themselves")
     file: str | None = Field(default=None, description="a text file, one prompt a line, or a .csv or .tsv file")
     column: str | None = Field(default=None, description="the column of a .csv or .tsv file")
-    builtin: str | None = Field(default=None, description="the name of a built-in pipeline, whose captions are used")
+    builtin: str | None = Field(
+        default=None, description="`captions`, or the name of a built-in pipeline, whose captions are used"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -211,7 +213,7 @@ def load(file: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         CompressorError: with every mistake, one a line, as `file:line: where: what`.
     """
     path = Path(file)
-    if not path.exists() and path.name == str(file) and not path.suffix:
+    if not path.exists() and path.name == str(file) and path.suffix not in (".yaml", ".yml"):
         known = shipped()
         if path.name not in known:
             clause = suggest(path.name, list(known)) or f"; known: {', '.join(known) or 'none'}"

@@ -82,9 +82,21 @@ def test_a_built_in_pipeline_has_captions_to_calibrate_with_and_others_to_judge_
     assert not set(calibration) & set(evaluation)
 
 
-def test_an_unknown_built_in_pipeline_is_named():
-    with pytest.raises(CompressorError, match=r"^no built-in pipeline named 'shape'; did you mean 'shapes'\?"):
+def test_captions_for_models_of_the_world_are_many_and_different():
+    source = Prompts(builtin="captions")
+    calibration, evaluation = prompts.read(source, "calibration"), prompts.read(source, "evaluation")
+    assert len(calibration) == len(set(calibration)) >= 200
+    assert len(evaluation) == len(set(evaluation)) >= 64
+    assert not set(calibration) & set(evaluation)
+    assert all(text == text.strip() and text.isascii() for text in calibration + evaluation)
+
+
+def test_unknown_built_in_prompts_are_named():
+    with pytest.raises(CompressorError) as caught:
         read(builtin="shape")
+    assert str(caught.value) == (
+        "no built-in prompts named 'shape'; did you mean 'shapes'? known: captions, shapes, shapes-flux, shapes-unet"
+    )
 
 
 def test_drawing_is_decided_by_the_seed_and_never_repeats():
