@@ -52,15 +52,26 @@ def test_all_pipelines_share_the_autoencoder_and_the_tokenizer():
             assert (builtin.path(name) / part).read_bytes() == (builtin.path("shapes") / part).read_bytes()
 
 
-@pytest.mark.parametrize("ask", [builtin.path, lambda name: builtin.prompts(name, "calibration")])
-def test_an_unknown_name_lists_the_known_ones(ask):
-    known = ", ".join(builtin.names())
+@pytest.mark.parametrize(
+    ("ask", "what", "known"),
+    [
+        (builtin.path, "pipeline", builtin.names()),
+        (lambda name: builtin.prompts(name, "calibration"), "prompts", builtin.prompt_names()),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(ask, what, known):
     with pytest.raises(CompressorError) as error:
         ask("shape")
-    assert str(error.value) == f"no built-in pipeline named 'shape'; did you mean 'shapes'? known: {known}"
+    assert str(error.value) == f"no built-in {what} named 'shape'; did you mean 'shapes'? known: {', '.join(known)}"
     with pytest.raises(CompressorError) as error:
         ask("flowers")
-    assert str(error.value) == f"no built-in pipeline named 'flowers'; known: {known}"
+    assert str(error.value) == f"no built-in {what} named 'flowers'; known: {', '.join(known)}"
+
+
+def test_captions_are_prompts_and_no_pipeline():
+    assert set(builtin.prompt_names()) - set(builtin.names()) == {"captions"}
+    with pytest.raises(CompressorError, match=r"^no built-in pipeline named 'captions'; known: "):
+        builtin.path("captions")
 
 
 def test_the_prompts_are_the_two_lists():
