@@ -49,9 +49,14 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def move(self, source: str, name: str, seconds: float) -> None:
-        """Counts part of a phase as another."""
-        self.seconds[source] -= seconds
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        """Counts part of a phase as another, which comes before it."""
+        moved = self.seconds.pop(name, 0.0) + seconds
+        found = list(self.seconds.items())
+        self.seconds.clear()
+        for phase, total in found:
+            if phase == source:
+                self.seconds[name] = moved
+            self.seconds[phase] = total - seconds if phase == source else total
 
 
 @torch.no_grad()

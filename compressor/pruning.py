@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,11 +29,13 @@ class Pruned:
         layers: one row for each layer that changed, in order of execution.
         groups: one row for each group of heads or neurons that might lose some.
         proof: that the network without them computes what it did with their columns zeroed; None if none left.
+        seconds: time spent in the pruner, calibration included.
     """
 
     layers: tuple[LayerRow, ...]
     groups: tuple[GroupRow, ...]
     proof: Proof | None
+    seconds: float
 
 
 def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, progress: Progress) -> Pruned:
@@ -54,6 +57,7 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
     counts = {group.name: group.count for group in entry.removals}
     results: dict[str, LayerResult] = {}
     removed: dict[str, Removed] = {}
+    start = time.perf_counter()
     with progress.task(f"pruning with {entry.name}", len(entry.calibrated)) as advance:
         for result in entry.pruner.prune(entry.component, calibration):
             if isinstance(result, Removed):
@@ -61,6 +65,9 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
             else:
                 advance(result.name not in results)
                 results[result.name] = result
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    seconds = time.perf_counter() - start
     _check_results(entry, results, removed)
     checkpoint.round_to_stored(pipeline)
     units = {group: removed[group.name].units for group in entry.shrinking}
@@ -82,6 +89,7 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
             for group in entry.removals
         ),
         proof=proof,
+        seconds=seconds,
     )
 
 

@@ -45,11 +45,10 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
 
     done: list[Pruned] = []
     for entry in job.entries:
-        with watch.phase("prune"):
+        with watch.phase("check"):
             done.append(prune(entry, pipeline, job.calibration, progress))
     rows = tuple(row for pruned in done for row in pruned.layers)
-    if job.calibration is not None:
-        watch.move("prune", "calibrate", job.calibration.facts.seconds)
+    _split(watch, done, job)
 
     with watch.phase("draw"):
         pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
@@ -70,6 +69,17 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
     for warning in (text for text in facts.warnings if text not in told):
         progress.say(f"warning: {warning}")
     return output
+
+
+def _split(watch: Stopwatch, done: list[Pruned], job: Prepared) -> None:
+    """Tells apart what the pruning took: `forwards` with all else of sampling, `moments`, `solves`, and the `check`."""
+    pruning = sum(pruned.seconds for pruned in done)
+    if job.calibration is not None:
+        facts = job.calibration.facts
+        watch.move("check", "forwards", facts.seconds - facts.moment_seconds)
+        watch.move("check", "moments", facts.moment_seconds)
+        pruning -= facts.seconds
+    watch.move("check", "solves", pruning)
 
 
 def _record(recipe: Recipe, component: str, rows: tuple[report.LayerRow, ...]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor.calibration import gradients, sampling
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut
+from compressor.calibration.timing import Meter
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
 from compressor.plugin import MomentKind, Weighting
@@ -36,7 +37,8 @@ class Facts:
         skipped: layers whose input had tokens that were not finite, and how many.
         batch: prompts at a time, after any halving.
         packages: passes made.
-        seconds: time spent sampling.
+        seconds: time spent sampling, moments included.
+        moment_seconds: time spent adding to the moments of the inputs.
         moment_bytes: the most that the moments of one pass took.
         warnings: what a user should know.
     """
@@ -48,6 +50,7 @@ class Facts:
     batch: int = 0
     packages: int = 0
     seconds: float = 0.0
+    moment_seconds: float = 0.0
     moment_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -151,10 +154,13 @@ class Calibration:
         Raises:
             CompressorError: if a layer was fed nothing finite, or memory runs out even for one prompt.
         """
+        if self._pipeline.device.type == "cuda":
+            torch.cuda.synchronize(self._pipeline.device)  # what the pruner has left to do is not sampling
         start = time.perf_counter()
+        meter = Meter(self._pipeline.device)
         while True:
             try:
-                moments = self._sample(package, kind, weighting)
+                moments = self._sample(package, kind, weighting, meter)
                 break
             except RuntimeError as error:
                 if not sampling.out_of_memory(error):
@@ -162,12 +168,13 @@ class Calibration:
                 self._halve_batch(package, error)
         self.facts.packages += 1
         self.facts.seconds += time.perf_counter() - start
+        self.facts.moment_seconds += meter.seconds
         self.facts.moment_bytes = max(self.facts.moment_bytes, package.moment_bytes)
         for group in package.groups:
             self._account(group, moments[group.name])
         return moments
 
-    def _sample(self, package: Package, kind: MomentKind, weighting: Weighting) -> dict[str, Moments]:
+    def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
         device = self._pipeline.device
         moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in package.groups}
         if kind == "gradients":
@@ -176,18 +183,21 @@ class Calibration:
         batch = self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
         with (
-            self._hooks(package, moments, weighting),
+            self._hooks(package, moments, weighting, meter),
             self._gradients(package, moments),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):
                 prompts = self._encoded[start : start + batch]
                 sampling.sample(self._pipeline, prompts, self._settings, "latent")
+                meter.settle()
                 advance(len(prompts))
         return {name: m.finish() for name, m in moments.items()}
 
     @contextmanager
-    def _hooks(self, package: Package, moments: dict[str, Moments], weighting: Weighting) -> Iterator[None]:
+    def _hooks(
+        self, package: Package, moments: dict[str, Moments], weighting: Weighting, meter: Meter
+    ) -> Iterator[None]:
         """While it lasts, every forward of the network adds to the moments."""
         network = self._pipeline.module
         signature = inspect.signature(network.forward)
@@ -206,7 +216,8 @@ class Calibration:
 
         def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                moments[group.name].add(args[0].detach(), weight)
+                with meter.block():
+                    moments[group.name].add(args[0].detach(), weight)
 
             return hook
 

@@ -256,7 +256,9 @@ class Report:
         layers: those that changed, in order of execution.
         structure: heads and neurons that left; None if none did.
         sizes: of the component.
-        times: seconds by phase, in the order in which they ran.
+        times: seconds by phase: `load`, `encode` (prompts), `measure` (sizes and metrics), `draw`, `forwards` (of the
+            calibration, with all else of sampling), `moments` (of the inputs, gathered in them), `solves` (the pruner's
+            own work), `check` (what leaves is taken out, and everything is counted), `save` and `export`.
         peak_memory: bytes by kind, such as `cpu_resident` and `gpu_allocated`.
         calibration: None if no pruner asked for one.
         metrics: figures by metric and name; `dense_X` and `pruned_X` are one figure of either pipeline, `X_se` is the
