@@ -204,12 +204,34 @@ def check_sparsity(granularity: Granularity, sparsity: float | None) -> None:
         raise ValueError("sparsity has no effect: this granularity decides how much is removed; leave one of them out")
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The inference steps of a sampling, as its scheduler was set up for it.
+
+    Attributes:
+        timesteps: the different ones, at least one, in sampling order: the first is the noisiest.
+        scheduler: a copy of diffusers' own, before the first step; not to be changed, so copy it again to run it.
+    """
+
+    timesteps: tuple[float, ...]
+    scheduler: Any = None
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return len(self.timesteps)
+
+
 class Weighting(Options, ABC):
     """How much each inference step counts in the moments. Registered in `compressor.weightings`."""
 
     @abstractmethod
-    def weights(self, steps: int) -> tuple[float, ...]:
-        """One positive weight for each of `steps` >= 1 inference steps, in sampling order."""
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
+        """One weight for each step, in sampling order: none negative, not all zero; only their proportions matter.
+
+        Raises:
+            CompressorError: if this schedule has no such weights.
+        """
 
 
 @dataclass(frozen=True)

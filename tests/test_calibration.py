@@ -15,7 +15,7 @@ from compressor.calibration import Moments, StepCounter, explain_rank, sampling
 from compressor.calibration.packages import Package, cut
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
-from compressor.plugin import MomentKind, Weighting
+from compressor.plugin import MomentKind, Schedule, Weighting
 from compressor.structure import Target, Trace
 from tests import tiny
 from tests.tiny import diffusers
@@ -26,8 +26,8 @@ from tests.tiny import diffusers
 class Numbers(Weighting):
     """The number of each step, from 0, plus one."""
 
-    def weights(self, steps: int) -> tuple[float, ...]:
-        return tuple(range(1, steps + 1))
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
+        return tuple(range(1, schedule.steps + 1))
 
 
 def weights_used(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, steps: int, prompts: int = 1) -> list[float]:
@@ -95,6 +95,29 @@ def test_steps_that_half_precision_rounds_to_one_timestep_do_not_shift_later_one
         assert len(rounded.unique()) < 400
     assert all(abs(step - i) <= 2 for i, step in enumerate(found))
     assert found[-1] == 499
+
+
+TURNED = {
+    "1 - t / T": lambda t: 1 - t / 1000,
+    "T - t": lambda t: 1000 - t,
+    "t": lambda t: t,
+    "t / T": lambda t: t / 1000,
+    "t / 250": lambda t: t / 250,
+}
+
+
+@pytest.mark.parametrize("form", list(TURNED))
+@pytest.mark.parametrize("first", [1000.0, 999.0, 981.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_is_found_whichever_way_round_and_in_whatever_unit_the_timestep_is(form, first, dtype):
+    schedule = torch.linspace(first, 21, 20)
+    counter = StepCounter(schedule, 1000)
+    given = [TURNED[form](t).to(dtype) for t in schedule for _ in range(2)]
+    if form == "T - t" and first == 999:  # 1 is t / T as well, within rounding, and that is what it is taken for
+        assert counter.step(given[0]) == 0
+        assert counter.step(0.5) == 10
+        return
+    assert [counter.step(t) for t in given * 2] == [i for i in range(20) for _ in range(2)] * 2
 
 
 # ------------------------------------------------------------------------------------------------- noise and encoders

@@ -102,7 +102,7 @@ def steps_counted_by_callbacks(folder: Path) -> None:
     for scheduler in (diffusers.HeunDiscreteScheduler(), diffusers.PNDMScheduler(skip_prk_steps=True)):
         scheduler.set_timesteps(25)
         counter = StepCounter(scheduler.timesteps)
-        weights = LogDecrease().weights(25)
+        weights = LogDecrease().weights(tiny.schedule(25))
         assert len(scheduler.timesteps) > 25 == counter.steps
         used = [weights[counter.step(timestep)] for timestep in scheduler.timesteps]
         assert used == sorted(used, reverse=True)

@@ -279,7 +279,7 @@ def test_the_example_family_finds_every_linear_of_the_blocks_and_runs_its_twin(e
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_example_weighting_is_one_in_the_middle_and_smaller_at_the_edges(extras: Path, steps: int) -> None:
-    weights = registry.load("weighting", "middle")().weights(steps)
+    weights = registry.load("weighting", "middle")().weights(tiny.schedule(steps))
     assert len(weights) == steps
     assert weights[0] == weights[-1] == pytest.approx(0.8)
     assert steps < 3 or weights[steps // 2] == 1

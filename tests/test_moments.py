@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressor.calibration import Moments
 from compressor.pipeline import Pipeline
-from compressor.plugin import MomentKind, Weighting
+from compressor.plugin import MomentKind, Schedule, Weighting
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 class Growing(Weighting):
     """1, 2, 3, ...: weights that tell the steps apart."""
 
-    def weights(self, steps: int) -> tuple[float, ...]:
-        return tuple(float(i + 1) for i in range(steps))
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
+        return tuple(float(i + 1) for i in range(schedule.steps))
 
 
 def explicit(inputs: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,8 +147,8 @@ def test_moments_of_a_sampling_are_the_weighted_sums_over_all_that_the_layers_we
 
 def test_scaling_every_timestep_weight_scales_the_moments_and_nothing_else():
     class Fourfold(Weighting):
-        def weights(self, steps: int) -> tuple[float, ...]:
-            return tuple(4 * weight for weight in Growing().weights(steps))
+        def weights(self, schedule: Schedule) -> tuple[float, ...]:
+            return tuple(4 * weight for weight in Growing().weights(schedule))
 
     pipeline = tiny.load("sd3")
     calibration = tiny.calibrate(pipeline, packages=1)

@@ -84,7 +84,7 @@ def test_the_highest_two_scores_of_every_four_stay():
 
 
 def test_norms_carry_the_timestep_weights_where_a_weighting_is_given():
-    weights = LogDecrease(low=0.1, high=10.0).weights(2)
+    weights = LogDecrease(low=0.1, high=10.0).weights(tiny.schedule(2))
     differs = 0
     for old, new, inputs, _ in prune("sd3", {"sparsity": 0.5, "weighting": {"log_decrease": {"low": 0.1, "high": 10}}}):
         assert len(inputs) == 2
@@ -101,7 +101,7 @@ def test_norms_carry_the_timestep_weights_where_a_weighting_is_given():
 
 
 def test_wanda_as_published_weighs_all_steps_the_same():
-    assert Wanda.model_validate({"sparsity": 0.5}).weighting.weights(3) == (1, 1, 1)
+    assert Wanda.model_validate({"sparsity": 0.5}).weighting.weights(tiny.schedule(3)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, 50])

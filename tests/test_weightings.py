@@ -7,6 +7,7 @@ from compressor_obs_diff.weightings import LinearDecrease, LinearIncrease, LogDe
 from pydantic import ValidationError
 
 from compressor import registry
+from tests import tiny
 
 # t = 1..T in sampling order; a_min = 0.8 and a_max = 1.2 unless given.
 FORMULAS = {
@@ -30,26 +31,26 @@ NAMES = pytest.mark.parametrize("name", list(FORMULAS))
 @pytest.mark.parametrize("steps", [2, 3, 25, 50])
 def test_weights_follow_the_formula(name, steps):
     expected = [FORMULAS[name](t, steps, 0.8, 1.2) for t in range(1, steps + 1)]
-    assert CLASSES[name]().weights(steps) == pytest.approx(expected, abs=1e-12)
+    assert CLASSES[name]().weights(tiny.schedule(steps)) == pytest.approx(expected, abs=1e-12)
 
 
 @NAMES
 def test_weights_follow_the_formula_between_other_bounds(name):
     if name == "uniform":
-        assert Uniform().weights(25) == (1.0,) * 25
+        assert Uniform().weights(tiny.schedule(25)) == (1.0,) * 25
         return
     expected = [FORMULAS[name](t, 25, 0.1, 3) for t in range(1, 26)]
-    assert CLASSES[name](low=0.1, high=3).weights(25) == pytest.approx(expected, abs=1e-12)
+    assert CLASSES[name](low=0.1, high=3).weights(tiny.schedule(25)) == pytest.approx(expected, abs=1e-12)
 
 
 @NAMES
 def test_one_step_gets_one_positive_weight(name):
-    (weight,) = CLASSES[name]().weights(1)
+    (weight,) = CLASSES[name]().weights(tiny.schedule(1))
     assert weight > 0
 
 
 def test_log_decrease_has_the_papers_values_at_25_steps():
-    weights = LogDecrease().weights(25)
+    weights = LogDecrease().weights(tiny.schedule(25))
     assert weights[0] == pytest.approx(1.2)
     assert weights[-1] == pytest.approx(0.8)
     assert weights[12] == pytest.approx(0.8 + 0.4 * math.log(13) / math.log(25))
@@ -62,7 +63,7 @@ def test_the_registry_knows_the_name(name):
 
 
 def test_the_registry_knows_no_other_names_of_this_plugin():
-    assert set(registry.find("weighting")) == set(FORMULAS)
+    assert set(registry.find("weighting")) == {*FORMULAS, "sampler"}
 
 
 def test_low_above_high_is_refused():

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compressor import calibration, pipeline, recipe
 from compressor.pipeline import Pipeline
+from compressor.plugin import Schedule
 from compressor.progress import Progress
 from compressor.recipe import Model
 from compressor.structure import Component, Trace, trace
@@ -85,6 +86,11 @@ def traced(loaded: Pipeline) -> Trace:
 def component(loaded: Pipeline) -> Component:
     """All the layers of a loaded pipeline, for a pruner."""
     return Component(loaded.component_name, loaded.module, loaded.family, loaded.targets)
+
+
+def schedule(steps: int) -> Schedule:
+    """So many steps of no scheduler, for weightings that only count them."""
+    return Schedule(tuple(float(i) for i in range(steps, 0, -1)))
 
 
 def record_inputs(module: nn.Module, store: list[Tensor]) -> RemovableHandle:

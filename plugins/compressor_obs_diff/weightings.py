@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from compressor.plugin import Weighting
+from compressor.plugin import Schedule, Weighting
 
 
 class Uniform(Weighting):
     """Every step counts the same: SparseGPT's Hessian."""
 
-    def weights(self, steps: int) -> tuple[float, ...]:
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
         """1 for every step."""
-        return (1.0,) * steps
+        return (1.0,) * schedule.steps
 
 
 class Between(Weighting):
@@ -37,16 +37,17 @@ class Between(Weighting):
 class LinearIncrease(Between):
     """The last steps, which draw details, count most; in between linearly."""
 
-    def weights(self, steps: int) -> tuple[float, ...]:
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
         """From `low` at the first step to `high` at the last, linearly."""
-        return LinearDecrease(low=self.low, high=self.high).weights(steps)[::-1]
+        return LinearDecrease(low=self.low, high=self.high).weights(schedule)[::-1]
 
 
 class LinearDecrease(Between):
     """The first steps, whose errors travel furthest, count most; in between linearly."""
 
-    def weights(self, steps: int) -> tuple[float, ...]:
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
         """From `high` at the first step to `low` at the last, linearly."""
+        steps = schedule.steps
         if steps == 1:
             return (self.high,)
         return tuple(self.high - (self.high - self.low) * i / (steps - 1) for i in range(steps))
@@ -55,16 +56,17 @@ class LinearDecrease(Between):
 class LogIncrease(Between):
     """As `log_decrease`, in the opposite order."""
 
-    def weights(self, steps: int) -> tuple[float, ...]:
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
         """From `low` at the first step to `high` at the last: `a_t = low + (high - low) ln t / ln T`."""
-        return LogDecrease(low=self.low, high=self.high).weights(steps)[::-1]
+        return LogDecrease(low=self.low, high=self.high).weights(schedule)[::-1]
 
 
 class LogDecrease(Between):
     """The paper's choice: the first steps count most, and the weight falls fastest at the end."""
 
-    def weights(self, steps: int) -> tuple[float, ...]:
+    def weights(self, schedule: Schedule) -> tuple[float, ...]:
         """From `high` at the first step to `low` at the last: `a_t = low + (high - low) ln(T - t + 1) / ln T`."""
+        steps = schedule.steps
         if steps == 1:
             return (self.high,)
         span = (self.high - self.low) / math.log(steps)
