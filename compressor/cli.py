@@ -201,7 +201,7 @@ def recipes(name: str | None) -> None:
     type=click.Choice(["torch", "onnxruntime"]),
     default="torch",
     show_default=True,
-    help="onnxruntime draws with the ONNX export of the result, on the CPU.",
+    help="onnxruntime draws with the ONNX export of the result: on the CPU, or with --device cuda.",
 )
 def generate(
     folder: Path,

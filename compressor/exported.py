@@ -81,7 +81,7 @@ def open_pipeline(folder: Path, device: str, runtime: str) -> Pipeline:
 
     Args:
         folder: a result; for onnxruntime also an export by itself.
-        device: `auto`, `cpu`, `cuda`, ...
+        device: `auto`, `cpu`, `cuda`, ...; with onnxruntime `auto` is the CPU.
         runtime: `torch` or `onnxruntime`.
 
     Raises:
@@ -89,21 +89,22 @@ def open_pipeline(folder: Path, device: str, runtime: str) -> Pipeline:
     """
     if runtime == "torch":
         return checkpoint.load(folder, device)
-    if device not in ("auto", "cpu"):
-        raise CompressorError(f"--device: should be cpu with --runtime onnxruntime, found {device}")
     if find_spec("onnxruntime") is None or find_spec("onnx_ir") is None:
         raise CompressorError('--runtime onnxruntime needs onnxruntime; pip install "diffusion-compressor[onnx]"')
+    from compressor.onnx_files import check
+    from compressor.onnx_files import runtime as sessions
+
+    device = "cpu" if device == "auto" else device
+    check.providers(device)
     export, result = next(find(folder, "onnx"), (None, None))
     if export is None:
         raise CompressorError(
             f"{folder}: should hold an ONNX export, found no {MANIFEST} of one; add `export: [onnx]` to the recipe"
         )
-    from compressor.onnx_files import runtime as sessions
-
     verify(export)
     if result is not None:
         checkpoint.verify(result)
-    return sessions.load(export, result)
+    return sessions.load(export, result, device)
 
 
 def find(folder: Path, exporter: str | None = None) -> Iterator[tuple[Path, Path | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,59 @@ from compressor.onnx_files.graph import Positional, example
 from compressor.onnx_files.pieces import Piece, Shape
 from compressor.structure.family import like
 
+CUDA = "CUDAExecutionProvider"
 
-def load(file: Path, label: str) -> onnxruntime.InferenceSession:
-    """The file, loaded by onnxruntime on the CPU.
+
+def providers(device: str) -> list[Any]:
+    """What onnxruntime is to compute with, the first choice first; what CUDA lacks is left to the CPU.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        CompressorError: if onnxruntime does not take it.
+        CompressorError: if it is another, or the onnxruntime that is installed was built without CUDA.
+    """
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    if not (match := re.fullmatch(r"cuda(?::(\d+))?", device)):
+        raise CompressorError(f"--device: should be cpu or cuda with --runtime onnxruntime, found {device}")
+    if CUDA not in onnxruntime.get_available_providers():
+        raise CompressorError(
+            f"--device: {device} needs an onnxruntime with {CUDA}, which {onnxruntime.__version__} as installed lacks; "
+            "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    return [(CUDA, {"device_id": int(match[1] or 0)}), "CPUExecutionProvider"]
+
+
+def load(file: Path, label: str, device: str = "cpu") -> onnxruntime.InferenceSession:
+    """The file, loaded by onnxruntime.
+
+    Args:
+        file: with its weights inside or beside it.
+        label: what messages call it.
+        device: as for `providers`.
+
+    Raises:
+        CompressorError: if onnxruntime does not take it, or not on that device.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised as well, and its warnings are about its own optimisations
+    wanted = providers(device)
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, options, providers=wanted)
     except Exception as error:  # onnxruntime's exceptions have no base of their own
-        if _computes_in_bfloat16(file):
+        if device == "cpu" and _computes_in_bfloat16(file):
             raise CompressorError(
                 f"{label}: computes in bfloat16, which onnxruntime's CPU provider does not take; "
                 "export it as float16 or float32"
             ) from error
         raise CompressorError(f"{label}: onnxruntime cannot load it: {_first_line(error)}") from error
+    if len(wanted) > 1 and CUDA not in session.get_providers():  # it goes on with the CPU and says so in its log alone
+        raise CompressorError(
+            f"{label}: onnxruntime {onnxruntime.__version__} could not start {CUDA} on {device}; "
+            "it needs the CUDA and cuDNN that it was built for, and a driver for them"
+        )
+    return session
 
 
 def compare(

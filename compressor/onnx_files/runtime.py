@@ -1,4 +1,4 @@
-"""Runs a folder of ONNX files as the diffusers pipeline that it was exported from, with onnxruntime on the CPU."""
+"""Runs a folder of ONNX files as the diffusers pipeline that it was exported from, with onnxruntime."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ from compressor.pipeline import Folder, Pipeline
 from compressor.recipe import Model
 
 
-def load(export: Path, result: Path | None) -> Pipeline:
+def load(export: Path, result: Path | None, device: str = "cpu") -> Pipeline:
     """The pipeline of an export.
 
     Args:
         export: a folder in the layout of optimum-onnx: `model_index.json`, `<component>/model.onnx`, ...
         result: the folder of the torch pipeline that it was written from, which gives the components that the export
-            has no file for; None to do without.
+            has no file for, on the CPU; None to do without.
+        device: that onnxruntime computes on, `cpu`, `cuda` or `cuda:N`. Whatever goes into a session or comes out of it
+            is on the CPU.
 
     Returns:
         A pipeline whose components are onnxruntime's sessions; it has no weights to prune.
 
     Raises:
-        CompressorError: if a component is in neither folder, or onnxruntime does not take a file.
+        CompressorError: if a component is in neither folder, or onnxruntime does not take a file or the device.
     """
     folder = pipelines.open_folder(Model(source=str(result or export)), weights=False)
     if result is None:
@@ -46,7 +48,7 @@ def load(export: Path, result: Path | None) -> Pipeline:
     for name in folder.components:
         if name not in (*NETWORKS, *TEXT_ENCODERS, "vae"):
             continue
-        if (found := _session(export, name)) is not None:
+        if (found := _session(export, name, device)) is not None:
             models[name] = found
         elif result is not None:
             dense = dense or pipelines.load(Model(source=str(result)), "cpu", folder).pipe
@@ -69,10 +71,10 @@ class _Exported(Folder):
 class _Model(nn.Module, CacheMixin):
     """A component as its pipeline sees it, computed by onnxruntime."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, device: str) -> None:
         super().__init__()
         self.label = f"{file.parent.name}/{file.name}"
-        self.session = check.load(file, self.label)
+        self.session = check.load(file, self.label, device)
         self.config: Any = FrozenDict(json.loads((file.parent / "config.json").read_text(encoding="utf-8")))
         self.takes = {given.name: _NUMPY[given.type] for given in self.session.get_inputs()}
         self.gives = [given.name for given in self.session.get_outputs()]
@@ -85,7 +87,7 @@ class _Model(nn.Module, CacheMixin):
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """The CPU, where a session takes and gives tensors, wherever it computes."""
         return torch.device("cpu")
 
     def run(self, **given: Any) -> dict[str, Tensor]:
@@ -106,8 +108,8 @@ class _Model(nn.Module, CacheMixin):
 class _Network(_Model):
     """A transformer or a U-Net."""
 
-    def __init__(self, file: Path) -> None:
-        super().__init__(file)
+    def __init__(self, file: Path, device: str) -> None:
+        super().__init__(file, device)
         if (width := self.config.get("projection_class_embeddings_input_dim")) is not None:
             self.add_embedding = nn.Module()  # SDXL's pipeline asks how many sizes it embeds
             self.add_embedding.linear_1 = nn.Linear(width, 1, device="meta")
@@ -169,18 +171,19 @@ class _Autoencoder(nn.Module):
         return AutoencoderKLOutput(latents) if return_dict else (latents,)
 
 
-def _session(export: Path, component: str) -> Any:
+def _session(export: Path, component: str, device: str) -> Any:
     """A component of an export, or None if it has no file for it."""
     files = {name: export / name / "model.onnx" for name in (component, "vae_decoder", "vae_encoder")}
     if component == "vae":
         if not files["vae_decoder"].is_file():
             return None
         return _Autoencoder(
-            _Model(files["vae_decoder"]), _Model(files["vae_encoder"]) if files["vae_encoder"].is_file() else None
+            _Model(files["vae_decoder"], device),
+            _Model(files["vae_encoder"], device) if files["vae_encoder"].is_file() else None,
         ).eval()
     if not files[component].is_file():
         return None
-    return (_Network if component in NETWORKS else _TextEncoder)(files[component]).eval()
+    return (_Network if component in NETWORKS else _TextEncoder)(files[component], device).eval()
 
 
 def _assemble(folder: Folder, export: Path, models: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import click.testing
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -20,7 +21,7 @@ from compressor import checkpoint, exported, recipe
 from compressor import run as running
 from compressor.cli import main
 from compressor.errors import CompressorError
-from compressor.onnx_files import runtime
+from compressor.onnx_files import check, runtime
 from tests import tiny
 
 SHRINK = {"granularity": {"structured": {"heads": 0.5, "neurons": 0.5, "multiple": 1, "keep_first": 0, "keep_last": 0}}}
@@ -237,7 +238,13 @@ def test_generate_without_an_export_says_how_to_have_one(copy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--device", "cuda"), "--device: should be cpu with --runtime onnxruntime, found cuda"),
+        (("--device", "mps"), "--device: should be cpu or cuda with --runtime onnxruntime, found mps"),
+        (("--device", "cuda:a"), "--device: should be cpu or cuda with --runtime onnxruntime, found cuda:a"),
+        (
+            ("--device", "cuda:1"),
+            f"--device: cuda:1 needs an onnxruntime with CUDAExecutionProvider, which {onnxruntime.__version__} as "
+            "installed lacks; pip uninstall onnxruntime, then pip install onnxruntime-gpu",
+        ),
         (("--height", "18"), "--height: should be a multiple of 4 pixels, found 18"),
         (("--width", "13"), "--width: should be a multiple of 4 pixels, found 13"),
     ],
@@ -246,6 +253,61 @@ def test_what_onnxruntime_cannot_draw_is_told(result, options, message):
     found = call("generate", result, "--runtime", "onnxruntime", *DRAW, *options)
     assert found.exit_code == 1
     assert found.stderr == f"error: {message}\n"
+
+
+def with_cuda(monkeypatch: pytest.MonkeyPatch, *, starts: bool) -> list[Any]:
+    """onnxruntime from now on as where it has CUDA, but for the arithmetic, which its CPU provider does.
+
+    Returns:
+        The providers that each session is asked for.
+    """
+    asked: list[Any] = []
+    found = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, file: Path, options: Any, providers: list[Any]) -> None:
+            asked.append(providers)
+            super().__init__(file, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return found if starts else found[1:]
+
+    monkeypatch.setattr(check.onnxruntime, "get_available_providers", lambda: found)
+    monkeypatch.setattr(check.onnxruntime, "InferenceSession", Session)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("device", "number"), [("auto", None), ("cpu", None), ("cuda", 0), ("cuda:0", 0), ("cuda:12", 12)]
+)
+def test_every_file_is_given_to_the_provider_of_the_device_asked_for(result, tmp_path, monkeypatch, device, number):
+    asked = with_cuda(monkeypatch, starts=True)
+    found = call("generate", result, "--runtime", "onnxruntime", *DRAW, "--device", device, "--out", tmp_path)
+    assert found.exit_code == 0, found.output
+    wanted: list[Any] = ["CPUExecutionProvider"]
+    if number is not None:
+        wanted = [("CUDAExecutionProvider", {"device_id": number}), *wanted]
+    assert asked == [wanted] * len(list((result / "onnx").glob("*/model.onnx")))
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_a_cuda_provider_that_does_not_start_is_told(result, monkeypatch):
+    with_cuda(monkeypatch, starts=False)
+    found = call("generate", result, "--runtime", "onnxruntime", *DRAW, "--device", "cuda")
+    assert found.exit_code == 1
+    label, _, message = found.stderr.removeprefix("error: ").partition(": ")
+    assert label in {f"{name.parent.name}/model.onnx" for name in (result / "onnx").glob("*/model.onnx")}
+    assert message == (
+        f"onnxruntime {onnxruntime.__version__} could not start CUDAExecutionProvider on cuda; "
+        "it needs the CUDA and cuDNN that it was built for, and a driver for them\n"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider':UserWarning")
+def test_an_onnxruntime_that_falls_back_to_the_cpu_by_itself_is_noticed(result, monkeypatch):
+    monkeypatch.setattr(check.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(CompressorError, match="could not start CUDAExecutionProvider on cuda;"):
+        check.load(result / "onnx" / "text_encoder" / "model.onnx", "text_encoder/model.onnx", "cuda")
 
 
 def test_onnxruntime_that_is_not_installed_is_told_with_how_to_install_it(result, monkeypatch):
