@@ -198,10 +198,17 @@ def recipes(name: str | None) -> None:
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--runtime",
-    type=click.Choice(["torch", "onnxruntime"]),
+    type=click.Choice(["torch", "onnxruntime", "torch-sparse"]),
     default="torch",
     show_default=True,
-    help="onnxruntime draws with the ONNX export of the result: on the CPU, or with --device cuda.",
+    help="onnxruntime draws with the ONNX export of the result: on the CPU, or with --device cuda. torch-sparse runs 2:4 "
+    "layers by sparse tensor cores where that is faster, on an NVIDIA GPU.",
+)
+@click.option(
+    "--probe",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="With torch-sparse: a table of `compressor probe` says which layers gain, instead of measuring them now.",
 )
 def generate(
     folder: Path,
@@ -217,11 +224,14 @@ def generate(
     seed: int,
     device: str,
     runtime: str,
+    probe: Path | None,
 ) -> None:
     """Draw images with the result of a run in FOLDER.
 
     With --runtime onnxruntime, FOLDER may also be an ONNX export by itself.
     """
+    if probe is not None and runtime != "torch-sparse":
+        raise click.UsageError("--probe has no effect without --runtime torch-sparse; leave it out")
     if not texts and file is None:
         raise click.UsageError("give --prompt or --prompts")
     chosen = list(texts) + (list(prompts.read(recipe.Prompts(file=file), "evaluation")) if file else [])
@@ -232,12 +242,15 @@ def generate(
         from compressor.report.images import to_image
 
         quiet.silence_libraries()
+    progress = Progress()
     pipeline = exported.open_pipeline(folder, device, runtime)
     pipeline.folder.check_size(height, width, "--")
     pipeline.folder.check_sequence(max_sequence_length, "--max-sequence-length")
+    if runtime == "torch-sparse":
+        exported.run_sparse(pipeline, probe, progress)
     encoded = encode(pipeline, chosen, guidance, seed, "pictures", max_sequence_length)
     out.mkdir(parents=True, exist_ok=True)
-    images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, Progress(), "drawing")
+    images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, progress, "drawing")
     for i, image in enumerate(images):
         path = out / f"{i:04d}.png"
         to_image(image).save(path)
@@ -275,6 +288,44 @@ def doctor() -> None:
 def schema() -> None:
     """Print a JSON Schema of recipes with the plugins installed here; editors complete from it."""
     click.echo(json.dumps(recipe.schema(), indent=2))
+
+
+BATCH = click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1,),
+    show_default=True,
+    help="Samples of one forward of the network; with classifier-free guidance an image takes two. May be given "
+    "several times.",
+)
+HALF = click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="bfloat16", show_default=True)
+
+
+@main.command()
+@click.argument("models", metavar="RECIPE_OR_MODEL...", nargs=-1)
+@click.option("--size", type=click.IntRange(16), help="Pixels, either way; 1024 if not given, and a recipe's own.")
+@BATCH
+@HALF
+@click.option("--device", default="auto", show_default=True)
+@click.option("--turns", type=click.IntRange(1), default=20, show_default=True, help="Of dense and 2:4, each shape.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE.json", help="The table, for n_m and exports.")
+def probe(models: tuple[str, ...], output: Path | None, **options: Any) -> None:
+    """Time every shape of a model's linear layers dense and 2:4 on the GPU that is here.
+
+    A model is a recipe, whose layers and size are taken, or one of sd2.1, sdxl, sd3-medium, sd3.5-large and flux-dev.
+    """
+    with _importing():
+        from compressor import quiet
+        from compressor.bench.probe import Settings
+        from compressor.bench.probe import run as measure_all
+        from compressor.progress import Progress
+
+        quiet.silence_libraries()
+    click.echo(measure_all(Settings(models, **options), Progress(), output), nl=False)
+    if output is not None:
+        click.echo(f"table: {output}")
 
 
 @main.group()
@@ -333,6 +384,41 @@ def shrunk(models: tuple[str, ...], output: Path | None, **options: Any) -> None
         from compressor import quiet
         from compressor.bench.settings import Settings
         from compressor.bench.shrunk import run as time_all
+        from compressor.progress import Progress
+
+        quiet.silence_libraries()
+    click.echo(time_all(Settings(models, **options), Progress(), output), nl=False)
+
+
+@bench.command()
+@click.argument("models", metavar="MODEL...", nargs=-1)
+@click.option("--size", default=1024, show_default=True, type=click.IntRange(16), help="Pixels, either way.")
+@BATCH
+@click.option("--layers", type=click.IntRange(1), help="Shorten each part of the network to so many.")
+@HALF
+@click.option(
+    "--faster", type=click.FloatRange(1), default=1.02, show_default=True, help="What a layer has to gain to be 2:4."
+)
+@click.option(
+    "--compile",
+    "extent",
+    type=click.Choice(["blocks", "network", "no"]),
+    default="blocks",
+    show_default=True,
+    help="What torch.compile takes as one piece, dense and 2:4 alike.",
+)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Turns of dense and 2:4.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE.json", help="Every figure, row by row.")
+def sparse(models: tuple[str, ...], output: Path | None, **options: Any) -> None:
+    """Time MODEL with 2:4 weights in the layers that gain by it against the dense network, both in turns.
+
+    MODEL is one of sd2.1, sdxl, sd3-medium, sd3.5-large and flux-dev.
+    """
+    with _importing():
+        from compressor import quiet
+        from compressor.bench.sparse import Settings
+        from compressor.bench.sparse import run as time_all
         from compressor.progress import Progress
 
         quiet.silence_libraries()

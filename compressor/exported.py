@@ -12,9 +12,12 @@ from compressor import checkpoint, measure
 from compressor.errors import CompressorError
 from compressor.options import Options
 from compressor.output import RECORD
-from compressor.pipeline import Pipeline
+from compressor.pipeline import Pipeline, pick_device
 from compressor.plugin import Export, Exporter
+from compressor.progress import Progress
 from compressor.registry import Choice, load
+from compressor.two_four import choice, product, table
+from compressor.two_four import runtime as sparse
 from compressor.units import several
 
 MANIFEST = "export.json"
@@ -82,12 +85,14 @@ def open_pipeline(folder: Path, device: str, runtime: str) -> Pipeline:
     Args:
         folder: a result; for onnxruntime also an export by itself.
         device: `auto`, `cpu`, `cuda`, ...; with onnxruntime `auto` is the CPU.
-        runtime: `torch` or `onnxruntime`.
+        runtime: `torch`, `onnxruntime`, or `torch-sparse`, which `run_sparse` is to follow.
 
     Raises:
         CompressorError: if something is missing, not installed, damaged or changed, or the device will not do.
     """
-    if runtime == "torch":
+    if runtime == "torch-sparse":
+        product.check("--runtime torch-sparse", pick_device(device))
+    if runtime in ("torch", "torch-sparse"):
         return checkpoint.load(folder, device)
     if find_spec("onnxruntime") is None or find_spec("onnx_ir") is None:
         raise CompressorError('--runtime onnxruntime needs onnxruntime; pip install "diffusion-compressor[onnx]"')
@@ -105,6 +110,28 @@ def open_pipeline(folder: Path, device: str, runtime: str) -> Pipeline:
     if result is not None:
         checkpoint.verify(result)
     return sessions.load(export, result, device)
+
+
+def run_sparse(pipeline: Pipeline, probe: Path | None, progress: Progress) -> None:
+    """Makes a pipeline's network run its 2:4 layers by sparse tensor cores, where that is faster.
+
+    Args:
+        pipeline: on a GPU; its network is changed.
+        probe: a table of `compressor probe`, measured here; None to measure each shape when it is first met.
+        progress: told what was measured and converted.
+
+    Raises:
+        CompressorError: if the network is not in half precision, has no 2:4 layer, or the table is not of this machine.
+    """
+    if pipeline.dtype not in product.TOLERANCE:
+        found = str(pipeline.dtype).removeprefix("torch.")
+        raise CompressorError(f"--runtime torch-sparse: should be a network in float16 or bfloat16, found {found}")
+    if probe is None:
+        decide = choice.Measuring(pipeline.dtype, pipeline.device, choice.FASTER, progress.say)
+    else:
+        decide = choice.Tabled(table.read(probe), str(probe), choice.FASTER)
+        decide.check(product.gpu(pipeline.device), measure.versions() | {"cusparselt": product.version()})
+    sparse.install(pipeline.module, pipeline.family, decide, progress.say)
 
 
 def find(folder: Path, exporter: str | None = None) -> Iterator[tuple[Path, Path | None]]:

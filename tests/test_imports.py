@@ -14,7 +14,7 @@ FLOORS = (
     ("registry", "shapes"),
     ("recipe",),
     ("prompts", "progress", "structure", "sparsity", "output"),
-    ("shrunk",),
+    ("shrunk", "two_four"),
     ("weights", "rehearsal"),
     ("pipeline",),
     ("calibration", "checkpoint", "onnx_files", "report"),
@@ -30,6 +30,7 @@ FLOORS = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FOR_PLUGINS = {
     *("plugin", "errors", "options", "registry", "calibration", "structure", "sparsity", "onnx_files"),
+    "two_four",
 }
 FOR_LIBRARIES = {"structure": {"errors"}, "sparsity": set(), "errors": set(), "units": set()}
 FILES = sorted(file for root in ("compressor", "plugins", "exporters") for file in (ROOT / root).rglob("*.py"))

@@ -96,7 +96,7 @@ def conditions(settings: Settings) -> Conditions:
         raise CompressorError(f"should name at least one model; known: {models.known()}")
     found = tuple(models.find(name) for name in dict.fromkeys(settings.models))
     for model in found:
-        _check_size(model, settings.size)
+        check_size(model, settings.size)
     on_onnxruntime = settings.runtime == "onnxruntime"
     device = pick_device("cpu" if on_onnxruntime and settings.device == "auto" else settings.device)
     if device.type not in ("cpu", "cuda"):
@@ -128,7 +128,8 @@ def threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_size(model: KnownModel, size: int) -> None:
+def check_size(model: KnownModel, size: int) -> None:
+    """Raises a CompressorError if the model cannot draw pictures of so many pixels, either way."""
     family: Family = registry.load("family", model.family)
     patch = family.patch * VAE_FACTOR
     step = math.lcm(patch, family.pixels)
