@@ -97,7 +97,7 @@ def _operations(job: Prepared, index: int) -> int:
         return job.trace.macs
     folder = job.pipeline.folder
     twin = folder.twin()
-    shrink_twin(enter(job.recipe, folder.network, twin, folder.family)[index : index + 1])
+    shrink_twin(enter(job.recipe, folder.network, twin, folder.family, job.trace)[index : index + 1])
     return trace_at(twin, job.recipe, folder).macs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, LiteralString, cast
+from typing import Annotated, Any, LiteralString, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -43,6 +43,11 @@ Bytes = Annotated[int, BeforeValidator(_read_bytes), Field(gt=0), WithJsonSchema
 """A number of bytes, written as one or as `8GiB`."""
 
 
+BESIDE = "beside the recipe"
+InputFile = Annotated[str, BESIDE]
+"""A file to read. A relative path in a recipe counts from the recipe's own folder, if there is such a file."""
+
+
 class Options(BaseModel):
     """A piece of a recipe: frozen once read, types are not converted, and an unknown key is an error."""
 
@@ -57,6 +62,18 @@ class Options(BaseModel):
             return handler(data)
         except ValidationError as error:
             raise rebuild(error, cls.__name__, lambda e: _explain_unknown(e, list(cls.model_fields))) from None
+
+    def move_files(self, beside: Callable[[str], str]) -> Self:
+        """The same with every `InputFile`, also in options within these, changed by a function."""
+        changes: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if BESIDE in field.metadata and value is not None:
+                changes[name] = beside(value)
+            elif isinstance(value, Options):
+                changes[name] = value.move_files(beside)
+        changed = {name for name, value in changes.items() if value != getattr(self, name)}
+        return self.model_copy(update={name: changes[name] for name in changed}) if changed else self
 
     @classmethod
     def required_options(cls) -> tuple[str, ...]:

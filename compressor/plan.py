@@ -17,6 +17,7 @@ from compressor.prepare import (
     check_table,
     enter,
     explain_guidance,
+    explain_left_out,
     shrink_twin,
     size_of,
     trace_at,
@@ -56,6 +57,7 @@ class PlannedPruning:
         whole: blocks that keep all their heads and neurons, though others lose some.
         packages: in order; none if nothing is calibrated.
         forwards: calls of the network that calibration takes, if the scheduler calls once a step.
+        left_out: layers that stay as they are though the recipe chose them, and why.
     """
 
     pruner: str
@@ -65,6 +67,7 @@ class PlannedPruning:
     whole: tuple[str, ...]
     packages: tuple[Package, ...]
     forwards: int
+    left_out: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,9 @@ def plan(recipe: Recipe) -> Plan:
     ]
     entries = []
     zeros: dict[str, int] = {}
-    found = enter(recipe, folder.network, twin, folder.family)
+    found = enter(recipe, folder.network, twin, folder.family, seen)
     check_apart(found)
+    warnings += explain_left_out(found)
     for entry in found:
         planned, notes = _plan_entry(recipe, entry, seen, texts, folder)
         entries.append(planned)
@@ -198,6 +202,7 @@ def _plan_entry(
         whole=tuple(whole),
         packages=packages,
         forwards=forwards,
+        left_out=dict(entry.left_out),
     )
     return planned, notes
 

@@ -27,6 +27,7 @@ def as_json(plan: Plan) -> str:
                 for package in entry.packages
             ],
             "forwards": entry.forwards,
+            "left_out": entry.left_out,
         }
         for entry in plan.entries
     ]
@@ -81,8 +82,9 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
             f"{size(most)} of moments, {several(entry.forwards, 'forward')}"
         )
     if layers:
-        width = max(len(layer.name) for layer in entry.layers)
+        width = max(len(name) for name in (*(layer.name for layer in entry.layers), *entry.left_out))
         lines += [f"  {x.name:<{width}}  {count(x.weights):>8}  {percent(x.gone / x.weights):>6}" for x in entry.layers]
+        lines += [f"  {name:<{width}}  stays as it is; {reason}" for name, reason in entry.left_out.items()]
         return lines
     kinds: dict[tuple[str, str, str], list[PlannedLayer]] = defaultdict(list)
     for layer in entry.layers:

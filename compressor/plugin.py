@@ -80,6 +80,20 @@ class Pruner(Options, ABC):
             CompressorError: naming the first layer that does not fit.
         """
 
+    def leaves_out(self, target: Target, tokens: int) -> str | None:
+        """Why a layer that the recipe chose is not to be pruned after all, or None; asked before `check`.
+
+        Layers that are left out stay as they are, and are told in the plan and in the report.
+
+        Args:
+            target: one of the chosen layers; its module may be on the meta device.
+            tokens: rows of its input in a forward of one sample, at the size that the recipe calibrates at.
+
+        Raises:
+            CompressorError: if what this depends on is missing.
+        """
+        return None
+
     @abstractmethod
     def zeros(self, target: Target) -> int:
         """How many weights of this layer will be zero, exactly; 0 for a pruner that removes heads and neurons."""
@@ -143,6 +157,10 @@ class Elementwise(Granularity):
     @abstractmethod
     def check(self, target: Target) -> None:
         """Raises a CompressorError naming the layer if its shape does not fit."""
+
+    def leaves_out(self, target: Target, tokens: int) -> str | None:
+        """Why a layer stays as it is, or None, as every layer is pruned by default; see `Pruner.leaves_out`."""
+        return None
 
     @abstractmethod
     def columns(self, block: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from compressor.structure import (
     select,
     trace,
 )
+from compressor.units import several
 
 Drawn = tuple[Tensor, Tensor]
 
@@ -47,6 +49,7 @@ class Entry:
         component: the network and the chosen layers.
         removals: how many heads or neurons will leave, by group, 0 for those of which none by rounding; empty unless
             the pruner is structured.
+        left_out: layers that the recipe chose and the pruner leaves as they are, and why.
     """
 
     where: str
@@ -54,6 +57,7 @@ class Entry:
     pruner: Pruner
     component: Component
     removals: Mapping[Group, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[Target, ...]:
@@ -154,7 +158,7 @@ def prepare(
         claim(output, folder.path, overwrite)
         twin = folder.twin()
         seen = trace_at(twin, recipe, folder)
-        planned = enter(recipe, folder.network, twin, folder.family)
+        planned = enter(recipe, folder.network, twin, folder.family, seen)
         overrides = check_table(planned, recipe, folder)
         seen_after = seen
         if not alternatives:
@@ -162,11 +166,11 @@ def prepare(
             seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device, folder)
-        warnings = (*pipeline.warnings, *explain_guidance(recipe, folder))
+        warnings = (*pipeline.warnings, *explain_guidance(recipe, folder), *explain_left_out(planned))
         for warning in warnings:
             progress.say(f"warning: {warning}")
         checkpoint.check_space(pipeline, output)
-        entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family)
+        entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family, seen)
     with watch.phase("encode"):
         length = recipe.calibration.max_sequence_length if recipe.calibration else None
         encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures", length)
@@ -292,7 +296,7 @@ def _check_installed(recipe: Recipe) -> None:
             raise CompressorError(f"export[{i}]: {missing}")
 
 
-def enter(recipe: Recipe, name: str, module: nn.Module, family: Family) -> tuple[Entry, ...]:
+def enter(recipe: Recipe, name: str, module: nn.Module, family: Family, seen: Trace) -> tuple[Entry, ...]:
     """Gives every entry of the recipe's `prune` its layers.
 
     Args:
@@ -300,9 +304,11 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family) -> tuple
         name: of the network.
         module: the network, possibly on the meta device.
         family: its table.
+        seen: a forward of one sample, which says how many tokens each layer is given.
 
     Raises:
-        CompressorError: if a pattern matches nothing, or a pruner cannot prune a layer that it is given.
+        CompressorError: if a pattern matches nothing, or a pruner leaves out all layers that it is given, or cannot
+            prune one of the others.
     """
     linears = find_targets(module, family)
     entries = []
@@ -311,14 +317,46 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family) -> tuple
             targets = select(linears, entry.targets.include, entry.targets.exclude)
         except CompressorError as error:
             raise CompressorError(f"prune[{i}].{error}") from None
+        left_out = _leave_out(f"prune[{i}]", entry.pruner, targets, seen)
+        targets = tuple(target for target in targets if target.name not in left_out)
         entry.pruner.check(targets)
         component = Component(name, module, family, targets)
         try:
             removals = entry.pruner.removals(component)
         except CompressorError as error:
             raise CompressorError(f"prune[{i}]: {error}") from None
-        entries.append(Entry(f"prune[{i}]", Choice("pruner").name(entry.pruner), entry.pruner, component, removals))
+        plugin = Choice("pruner").name(entry.pruner)
+        entries.append(Entry(f"prune[{i}]", plugin, entry.pruner, component, removals, left_out))
     return tuple(entries)
+
+
+def _leave_out(where: str, pruner: Pruner, targets: tuple[Target, ...], seen: Trace) -> dict[str, str]:
+    """The layers that a pruner leaves as they are, and why."""
+    try:
+        reasons = {target.name: pruner.leaves_out(target, seen.tokens[target.name]) for target in targets}
+    except CompressorError as error:
+        raise CompressorError(f"{where}: {error}") from None
+    left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+    if len(left_out) == len(targets):
+        name, reason = next(iter(left_out.items()))
+        raise CompressorError(
+            f"{where}: leaves all {len(targets)} layers as they are, so that nothing is to be done; {name}: {reason}"
+        )
+    return left_out
+
+
+def explain_left_out(entries: tuple[Entry, ...]) -> tuple[str, ...]:
+    """A warning for each entry that leaves some of its layers as they are, with the reasons and how often each."""
+    found = []
+    for entry in entries:
+        if entry.left_out:
+            reasons = Counter(entry.left_out.values())
+            found.append(
+                f"{entry.where}: {several(len(entry.left_out), 'layer')} of "
+                f"{len(entry.left_out) + len(entry.component.targets)} stay as they are: "
+                + "; ".join(f"{several(count, 'layer')} of {reason}" for reason, count in reasons.items())
+            )
+    return tuple(found)
 
 
 def shrink_twin(entries: tuple[Entry, ...]) -> bool:

@@ -272,6 +272,10 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "model": recipe.model.model_copy(update={"source": beside(recipe.model.source)}),
             "calibration": calibration,
+            "prune": tuple(
+                entry.model_copy(update={"pruner": entry.pruner.move_files(beside)}) for entry in recipe.prune
+            ),
+            "export": tuple(exporter.move_files(beside) for exporter in recipe.export),
             "report": recipe.report.model_copy(update={"prompts": prompts(recipe.report.prompts)}),
             "output": str(Path(recipe.output).expanduser()),
         }

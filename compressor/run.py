@@ -146,6 +146,7 @@ def _facts(
         peak_memory=measure.peak_memory(),
         calibration=calibration,
         metrics=figures,
+        left_out={name: reason for entry in job.entries for name, reason in entry.left_out.items()},
         warnings=(
             *job.warnings,
             *(job.calibration.facts.warnings if job.calibration else _explain_idle(recipe)),

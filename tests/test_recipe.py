@@ -121,7 +121,19 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
             "obs_diff: {granularity: {n_m: {keep: 0, of: 4}}}",
             ".obs_diff.granularity.n_m.keep: should be at least 1, found 0",
         ),
-        ("obs_diff: {granularity: {n_m: {keep: 2}}}", ".obs_diff.granularity.n_m.of: is missing"),
+        (
+            "obs_diff: {granularity: {n_m: {keep: 1, only_where_faster: 1.05}}}",
+            ".obs_diff.granularity.n_m: only_where_faster needs keep 2 of 4, the only pattern that GPUs are faster with, found "
+            "keep 1 of 4",
+        ),
+        (
+            "wanda: {granularity: {n_m: {probe: mine.json}}}",
+            ".wanda.granularity.n_m: probe has no effect without only_where_faster; leave it out",
+        ),
+        (
+            "wanda: {granularity: {n_m: {batch: 2}}}",
+            ".wanda.granularity.n_m: batch has no effect without only_where_faster; leave it out",
+        ),
         (
             "wanda: {granularity: {structured: {heads: 0.3}}}",
             ".wanda.granularity: this pruner cannot take granularity 'structured'; should be one of n_m, unstructured",
@@ -399,8 +411,9 @@ def test_a_dumped_recipe_loads_as_the_same_recipe():
     second = load(text)
     assert second == first
     assert second.dump() == first.dump()
+    n_m = {"keep": 2, "of": 4, "only_where_faster": None, "probe": "probe.json", "batch": None}
     assert first.dump()["prune"][1] == {
-        "wanda": {"sparsity": None, "granularity": {"n_m": {"keep": 2, "of": 4}}, "weighting": {"uniform": {}}},
+        "wanda": {"sparsity": None, "granularity": {"n_m": n_m}, "weighting": {"uniform": {}}},
         "targets": {"include": ["attention", "feed_forward"], "exclude": []},
     }
 

@@ -264,6 +264,7 @@ class Report:
         metrics: figures by metric and name; `dense_X` and `pruned_X` are one figure of either pipeline, `X_se` is the
             standard error of `X`.
         exports: in order.
+        left_out: layers that stay as they are though the recipe chose them, and why.
         warnings: what the user should know, one sentence each.
 
     """
@@ -280,6 +281,7 @@ class Report:
     calibration: CalibrationFacts | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     exports: tuple[ExportFacts, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def dump(self) -> str:

@@ -27,6 +27,10 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 WEIGHT, TOKENS = 32, 8
 """What cuSPARSELt wants both sides of a half-precision weight, and the number of tokens, to be multiples of."""
 
+LEAST = 256
+"""Tokens, inputs and outputs from which on products are tried: below, 2:4 gains nothing, and one of the kernels of
+cuSPARSELt 0.8 was seen to end with an illegal instruction, after which a process can use the GPU no more."""
+
 COLD = 256 * 2**20
 """Bytes that a timed series of products goes through: more than the cache of a GPU holds, as a whole network does."""
 
@@ -83,8 +87,10 @@ def gpu(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def unfit(outputs: int, inputs: int) -> str:
-    """Why a weight cannot be packed; nothing if it can."""
+def unfit(tokens: int, inputs: int, outputs: int) -> str:
+    """Why there is no 2:4 product of a shape; nothing if there is one."""
+    if min(tokens, inputs, outputs) < LEAST:
+        return f"not tried below {LEAST} tokens, inputs and outputs"
     if outputs % WEIGHT == 0 and inputs % WEIGHT == 0:
         return ""
     return f"cuSPARSELt needs inputs and outputs that are multiples of {WEIGHT}"
@@ -182,7 +188,7 @@ def measure(
         weights = [random(outputs, inputs) for _ in range(copies)]
         bias_O = random(outputs) if bias else None
         dense = record(lambda: [functional.linear(x, w, bias_O) for x, w in zip(xs, weights, strict=True)])
-        note = unfit(outputs, inputs)
+        note = unfit(tokens, inputs, outputs)
         if note:
             return Timed(_times([dense], turns, copies)[0], note=note)
         sparse_OI = [w.masked_fill(lowest_of_groups(w.float().abs(), 2, 4), 0) for w in weights]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compressor.errors import CompressorError
-from compressor.options import Bytes
+from compressor.options import Bytes, InputFile
 from compressor.plugin import Export, Exporter
 from compressor_tensorrt.profiles import Profile
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compressor.onnx_files.pieces import Piece
     from compressor.onnx_files.writing import Settings
     from compressor.pipeline import Folder, Pipeline
+    from compressor.two_four.table import Row
     from compressor_tensorrt import builder
 
 INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": 'pip install "diffusion-compressor[tensorrt-rtx]"'}
@@ -92,6 +93,10 @@ class TensorRT(Exporter):
     weight_streaming: bool = Field(
         default=False, description="let the weights stay in the host's memory when the engine runs"
     )
+    probe: InputFile | None = Field(
+        default=None,
+        description="a table of `compressor probe`: the report gives each 2:4 layer's times by it",
+    )
     compute_capabilities: tuple[str, ...] = Field(
         default=(),
         strict=False,
@@ -135,6 +140,13 @@ class TensorRT(Exporter):
         from compressor.onnx_files import pieces
         from compressor_tensorrt import builder
 
+        if self.probe is not None:
+            from compressor.two_four import table
+
+            try:
+                table.read(self.probe)
+            except CompressorError as error:
+                raise CompressorError(f"probe: {error}") from None
         for name in self.components or ():
             if pieces.known(name) not in folder.components:
                 raise CompressorError(
@@ -273,7 +285,24 @@ class TensorRT(Exporter):
                 "eligible": said.eligible.count if said.eligible else "says nothing of sparsity",
                 "chosen": said.chosen.count if said.chosen else "says nothing of sparsity",
             },
-            "sparse": evidence.by_layer(nodes, patterns, sizes, said, layers),
+            "sparse": evidence.by_layer(
+                nodes, patterns, sizes, said, layers, self._times(piece, pipeline, profiles[0]) if patterns else {}
+            ),
+        }
+
+    def _times(self, piece: Piece, pipeline: Pipeline, profile: Profile) -> dict[str, Row | None]:
+        """The table's rows for a component's linears at the sizes that kernels are chosen for, by the linear's name."""
+        if self.probe is None:
+            return {}
+        from compressor.structure import trace
+        from compressor.two_four import table
+
+        shape, found = profile.usual(piece, pipeline.folder), table.read(self.probe)
+        sides = {"height": shape.height, "width": shape.width, "sequence": shape.sequence}
+        seen = trace(pipeline.folder.twin(), pipeline.family, **sides)
+        return {
+            layer.name: found.find(shape.batch * seen.tokens[layer.name], layer.inputs, layer.outputs)
+            for layer in piece.targets
         }
 
     def _settings(self) -> builder.Settings:

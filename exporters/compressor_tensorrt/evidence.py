@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.two_four.table import Row
 
 _COUNTED = re.compile(r"\(Sparsity\) (Found|Chose) (\d+) layer\(s\) (?:eligible to use|using) sparse tactics:?([^\n]*)")
 """As TensorRT 10 and 11 say it; the names follow in verbose logs."""
@@ -128,6 +132,7 @@ def by_layer(
     shapes: Mapping[str, tuple[int, int]],
     log: Log,
     engine: tuple[EngineLayer, ...],
+    times: Mapping[str, Row | None],
 ) -> dict[str, dict[str, Any]]:
     """What is known of each sparse layer.
 
@@ -137,10 +142,12 @@ def by_layer(
         shapes: outputs and inputs of each layer.
         log: what the builder said.
         engine: its layers.
+        times: by layer, the row of a table of `compressor probe` for it.
 
     Returns:
         By torch name: `shape`, `pattern`, `holds`; `eligible` and `chosen` by the log; `layer` of the engine, its
-        `sparse_weights` and its `tactic` by the inspector. None stands for what is not said.
+        `sparse_weights` and its `tactic` by the inspector; `dense_us` and `sparse_us`, microseconds of PyTorch's
+        products by the table, and their `ratio`. None stands for what is not said.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, facts in sparse.items():
@@ -157,8 +164,16 @@ def by_layer(
             "layer": "; ".join(layer.name for layer in layers) or None,
             "sparse_weights": any(told) if told else None,
             "tactic": "; ".join(dict.fromkeys(tactics)) or None,
+            **_times(times.get(name)),
         }
     return found
+
+
+def _times(row: Row | None) -> dict[str, float | None]:
+    dense = None if row is None else round(1e6 * statistics.median(row.dense), 1)
+    sparse = None if row is None or not row.sparse else round(1e6 * statistics.median(row.sparse), 1)
+    ratio = None if row is None or row.ratio is None else round(row.ratio, 2)
+    return {"dense_us": dense, "sparse_us": sparse, "ratio": ratio}
 
 
 def _within(names: set[str], said: Said | None) -> bool | None:

@@ -34,6 +34,10 @@ class Magnitude(Pruner):
         for target in targets:
             self.granularity.check(target)
 
+    def leaves_out(self, target: Target, tokens: int) -> str | None:
+        """As the granularity says."""
+        return self.granularity.leaves_out(target, tokens)
+
     def zeros(self, target: Target) -> int:
         """As many as the granularity says."""
         return self.granularity.zeros(target.outputs, target.inputs, self.sparsity)

@@ -89,6 +89,10 @@ class OBSDiff(Pruner):
             for target in targets:
                 self.granularity.check(target)
 
+    def leaves_out(self, target: Target, tokens: int) -> str | None:
+        """As the granularity says."""
+        return self.granularity.leaves_out(target, tokens) if isinstance(self.granularity, Elementwise) else None
+
     def zeros(self, target: Target) -> int:
         """As many as the granularity says; none where heads and neurons leave."""
         if isinstance(self.granularity, Elementwise):

@@ -49,6 +49,10 @@ class Wanda(Pruner):
         for target in targets:
             self.granularity.check(target)
 
+    def leaves_out(self, target: Target, tokens: int) -> str | None:
+        """As the granularity says."""
+        return self.granularity.leaves_out(target, tokens)
+
     def zeros(self, target: Target) -> int:
         """The same number in every row, rounded down as in the paper's code."""
         if self.sparsity is None:

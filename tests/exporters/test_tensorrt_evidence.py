@@ -11,6 +11,8 @@ import json
 
 from compressor_tensorrt.evidence import EngineLayer, Log, Said, by_layer, parts, read_engine, read_layers, read_log
 
+from compressor.two_four.table import Row
+
 BLOCK = "transformer_blocks.0"
 
 TEN = f"""\
@@ -139,7 +141,8 @@ def test_each_sparse_layer_is_told_by_its_torch_name():
     linears = dict(zip(names, (["node_MatMul_181"], ["node_MatMul_200"], ["node_MatMul_300"], ["node_7"]), strict=True))
     sparse = {name: {"pattern": "2:4", "holds": True} for name in names}
     shapes = dict.fromkeys(names, (128, 32))
-    told = by_layer(linears, sparse, shapes, read_log(TEN), read_engine(INSPECTOR))
+    row = Row("m", 2, 128, 32, 128, 3, names[1], (3e-6, 2e-6, 4e-6), (2e-6, 2e-6, 2e-6), (1, 1, -1), 1e-3)
+    told = by_layer(linears, sparse, shapes, read_log(TEN), read_engine(INSPECTOR), {names[1]: row})
     assert told[names[1]] == {
         "shape": "128 x 32",
         "pattern": "2:4",
@@ -149,19 +152,23 @@ def test_each_sparse_layer_is_told_by_its_torch_name():
         "layer": f"{BLOCK}.ff.net.0.proj + node_gelu",
         "sparse_weights": True,
         "tactic": "sm80_xmma_sparse_gemm_f16f16_f16f16_f16_tn_n_tilesize128x64x64_stage3_tensor16x8x32",
+        "dense_us": 3.0,
+        "sparse_us": 2.0,
+        "ratio": 1.5,
     }
+    assert [told[names[0]][key] for key in ("dense_us", "sparse_us", "ratio")] == [None] * 3  # no row
     assert [told[name]["eligible"] for name in names] == [True, True, True, False]
     assert [told[name]["chosen"] for name in names] == [False, True, False, False]
     assert [told[name]["sparse_weights"] for name in names] == [False, True, None, None]
     assert told[names[2]]["layer"] == "__myl_FcAdd_myl0_22"  # by its metadata
     assert told[names[3]]["layer"] is None
-    assert by_layer(linears, {}, shapes, read_log(TEN), ()) == {}
+    assert by_layer(linears, {}, shapes, read_log(TEN), (), {}) == {}
 
 
 def test_what_a_log_does_not_say_is_not_guessed():
     sparse, shapes = {"a": {"pattern": "2:4", "holds": True}}, {"a": (8, 8)}
-    assert by_layer({}, sparse, shapes, read_log(COUNTS), ())["a"]["eligible"] is None  # 39, not which
-    assert by_layer({}, sparse, shapes, read_log(COUNTS), ())["a"]["chosen"] is False  # 0: not this one either
-    assert by_layer({}, sparse, shapes, Log(), ())["a"]["chosen"] is None
+    assert by_layer({}, sparse, shapes, read_log(COUNTS), (), {})["a"]["eligible"] is None  # 39, not which
+    assert by_layer({}, sparse, shapes, read_log(COUNTS), (), {})["a"]["chosen"] is False  # 0: not this one either
+    assert by_layer({}, sparse, shapes, Log(), (), {})["a"]["chosen"] is None
     ranges = Log(Said(2, ("b", "{ForeignNode[c...d]}")))
-    assert by_layer({}, sparse, shapes, ranges, ())["a"]["eligible"] is None  # it may lie between c and d
+    assert by_layer({}, sparse, shapes, ranges, (), {})["a"]["eligible"] is None  # it may lie between c and d
