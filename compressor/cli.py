@@ -201,8 +201,8 @@ def recipes(name: str | None) -> None:
     type=click.Choice(["torch", "onnxruntime", "torch-sparse"]),
     default="torch",
     show_default=True,
-    help="onnxruntime draws with the ONNX export of the result: on the CPU, or with --device cuda. torch-sparse runs 2:4 "
-    "layers by sparse tensor cores where that is faster, on an NVIDIA GPU.",
+    help="onnxruntime draws with the ONNX export of the result: on the CPU, or with --device cuda. torch-sparse runs "
+    "2:4 layers by sparse tensor cores where that is faster, on an NVIDIA GPU.",
 )
 @click.option(
     "--probe",

@@ -123,8 +123,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ),
         (
             "obs_diff: {granularity: {n_m: {keep: 1, only_where_faster: 1.05}}}",
-            ".obs_diff.granularity.n_m: only_where_faster needs keep 2 of 4, the only pattern that GPUs are faster with, found "
-            "keep 1 of 4",
+            ".obs_diff.granularity.n_m: only_where_faster needs keep 2 of 4, the only pattern that GPUs are faster "
+            "with, found keep 1 of 4",
         ),
         (
             "wanda: {granularity: {n_m: {probe: mine.json}}}",

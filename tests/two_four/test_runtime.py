@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import click.testing
 import pytest
 import tiny
 import torch
 from torch import nn
 
+from compressor import exported
+from compressor.cli import main
 from compressor.errors import CompressorError
 from compressor.sparsity import lowest_of_groups
-from compressor.two_four import layers
+from compressor.two_four import layers, product
 from compressor.two_four.runtime import Forward, explain, install
 
 ALGORITHM = (7, 1, -1)
@@ -117,3 +120,57 @@ def test_the_layers_that_run_sparse_are_told_by_shape():
         "  2 layers of 8 x 4 x 4: a, ...",
         "  1 layer of 8 x 4 x 16: c",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["--runtime", "torch-sparse", "--device", "cpu"],
+            1,
+            "error: --runtime torch-sparse needs an NVIDIA GPU of compute capability 8.0 or later, found cpu",
+        ),
+        (["--probe", "p.json"], 2, "Error: --probe has no effect without --runtime torch-sparse; leave it out"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_line(arguments, code, message):
+    found = click.testing.CliRunner().invoke(main, ["generate", "out", "--prompt", "a", *arguments])
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (code, message)
+
+
+def test_a_torch_without_cusparselt_and_an_old_gpu_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    gpu = torch.device("cuda")
+    assert product.problem(gpu) == "needs an NVIDIA GPU of compute capability 8.0 or later, found 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    with pytest.raises(CompressorError) as caught:
+        product.check("probe", gpu)
+    assert str(caught.value) == (
+        f"probe needs a torch built with cuSPARSELt, found torch {torch.__version__} without it"
+    )
+
+
+def test_a_float32_network_is_refused():
+    with pytest.raises(CompressorError) as caught:
+        exported.run_sparse(tiny.load("sd3"), None, tiny.quiet())
+    assert str(caught.value) == "--runtime torch-sparse: should be a network in float16 or bfloat16, found float32"
+
+
+def test_the_fastest_kernel_that_is_right_is_taken_and_one_that_fails_is_passed_over(monkeypatch):
+    monkeypatch.setattr(product, "settle", lambda: None)
+    seconds = {1: 3.0, 2: 1.0, 3: 2.0}
+    errors = {1: 0.0, 2: 0.5, 3: 1e-4}
+
+    def timed(algorithm):
+        if algorithm[0] == 4:
+            raise RuntimeError("invalid argument\nand more")
+        return [seconds[algorithm[0]]]
+
+    def fastest(*kernels):
+        return product._fastest(iter((k, 1, -1) for k in kernels), timed, lambda a: errors[a[0]], 1e-3)
+
+    assert fastest(4, 1, 2, 3) == ((3, 1, -1), 1e-4)
+    assert fastest(2) == (None, "its result is off by 5.0e-01, should be at most 1e-03")
+    assert fastest(4) == (None, "cuSPARSELt has no kernel for it: invalid argument")
