@@ -183,7 +183,7 @@ def _plan_entry(
         forwards = len(packages) * given.steps * math.ceil(texts / given.batch)
         if entry.pruner.moments in ("second", "gradients"):
             guided = sampling.guided(folder, given.guidance)
-            note = explain_rank(targets, seen, texts, given.steps, guided)
+            note = explain_rank(targets, seen, texts, given.steps, guided, given.tokens)
             notes += [note] if note else []
     groups = tuple(
         GroupSize(group.name, group.block, group.kind, group.width, group.count, group.count - removed)

@@ -78,6 +78,13 @@ class Calibration(Options):
         ge=1,
         description="tokens of the T5 encoder's part of a prompt (SD3, Flux); the pipeline's own default if not given",
     )
+    tokens: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="the share of an input's tokens that is summed in a forward, drawn anew each time; the sums are "
+        "scaled up to all of them",
+    )
     packages: int | None = Field(
         default=None,
         ge=1,

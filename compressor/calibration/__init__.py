@@ -17,6 +17,7 @@ from compressor.calibration import gradients, sampling
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut
 from compressor.calibration.timing import Meter
+from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
 from compressor.plugin import MomentKind, Schedule, Weighting
@@ -34,7 +35,7 @@ class Facts:
     Attributes:
         prompts: how many are sampled.
         forwards: calls of the network.
-        tokens: tokens summed, over all groups.
+        tokens: tokens summed, over all groups; with a share of them, those drawn.
         skipped: layers whose input had tokens that were not finite, and how many.
         batch: prompts at a time, after any halving.
         packages: passes made.
@@ -132,6 +133,7 @@ class Calibration:
         self._trace = trace
         self._options = options
         self._progress = progress
+        self._token_seed = sampling.noise_seed(seed, "tokens", 0)
         self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
         self._encoded = sampling.encode(
             pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length
@@ -159,7 +161,8 @@ class Calibration:
         packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
         if kind in ("second", "gradients"):
             guided = sampling.guided(self._pipeline.folder, self._options.guidance)
-            note = explain_rank(targets, self._trace, len(self._encoded), self._options.steps, guided)
+            options = self._options
+            note = explain_rank(targets, self._trace, len(self._encoded), options.steps, guided, options.tokens)
             if note:
                 self._warn(note)
         return packages
@@ -230,6 +233,7 @@ class Calibration:
         counter: StepCounter | None = None
         weights: tuple[float, ...] = ()
         weight = 0.0
+        tokens = Tokens(self._options.tokens, self._token_seed)
 
         def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal counter, weight, weights
@@ -240,12 +244,14 @@ class Calibration:
                 weights = weighting.weights(Schedule(counter.timesteps, copy.deepcopy(scheduler)))
                 assert len(weights) == counter.steps, f"{len(weights)} weights for {counter.steps} steps"
             weight = weights[counter.step(signature.bind_partial(*args, **kwargs).arguments["timestep"])]
+            tokens.next_forward()
             self.facts.forwards += 1
 
         def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 with meter.block():
-                    moments[group.name].add(args[0].detach(), weight)
+                    drawn, each = tokens.draw(args[0].detach())
+                    moments[group.name].add(drawn, weight * each)
 
             return hook
 
@@ -299,10 +305,13 @@ class Calibration:
             )
 
 
-def explain_rank(targets: Sequence[Target], trace: Trace, prompts: int, steps: int, guided: bool) -> str | None:
+def explain_rank(
+    targets: Sequence[Target], trace: Trace, prompts: int, steps: int, guided: bool, share: float = 1.0
+) -> str | None:
     """A warning if some layers see fewer distinct tokens than they have inputs, or None.
 
-    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step.
+    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step. Of
+    a share of its tokens other ones are drawn at every step.
 
     Args:
         targets: the layers.
@@ -310,12 +319,17 @@ def explain_rank(targets: Sequence[Target], trace: Trace, prompts: int, steps: i
         prompts: how many are sampled.
         steps: inference steps.
         guided: whether every prompt is joined by the empty one, which is the same for all of them.
+        share: of the tokens that are summed in a forward.
     """
     copies = 2 if guided else 1
     short: list[tuple[float, Target, int]] = []
     for target in targets:
         constant = target.name in trace.constant
-        tokens = trace.tokens[target.name] * (prompts + copies - 1 if constant else prompts * copies * steps)
+        drawn = max(1, round(share * trace.tokens[target.name]))
+        if constant:
+            tokens = min(drawn * steps, trace.tokens[target.name]) * (prompts + copies - 1)
+        else:
+            tokens = drawn * prompts * copies * steps
         if tokens < target.inputs:
             short.append((target.inputs / tokens, target, tokens))
     if not short:
