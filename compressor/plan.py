@@ -29,7 +29,11 @@ from compressor.structure import Trace, find_groups, find_targets
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer: how many weights it has, how many will leave with heads and neurons, and how many will be zero."""
+    """One layer: how many weights it has, and how many will leave with heads and neurons or be zero.
+
+    Where the pruner decides late how to spread its zeros, from `least` to `most` will be zero, and `zeros` is the
+    layer's part of the sum.
+    """
 
     name: str
     part: str
@@ -38,6 +42,8 @@ class PlannedLayer:
     weights: int
     removed: int
     zeros: int
+    least: int
+    most: int
 
     @property
     def gone(self) -> int:
@@ -180,7 +186,7 @@ def _plan_entry(
     given = recipe.calibration
     if entry.pruner.moments != "none" and given is not None:
         packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
-        forwards = len(packages) * given.steps * math.ceil(texts / given.batch)
+        forwards = entry.pruner.passes(len(packages)) * given.steps * math.ceil(texts / given.batch)
         if entry.pruner.moments in ("second", "gradients"):
             guided = sampling.guided(folder, given.guidance)
             note = explain_rank(targets, seen, texts, given.steps, guided, given.tokens)
@@ -223,6 +229,8 @@ def _plan_layers(entry: Entry) -> tuple[PlannedLayer, ...]:
             weights=target.outputs * target.inputs,
             removed=removed[target.name],
             zeros=entry.pruner.zeros(target),
+            least=entry.pruner.bounds(target)[0],
+            most=entry.pruner.bounds(target)[1],
         )
         for target in entry.layers
     )

@@ -73,6 +73,13 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
         f"{count(gone)} to {fate} ({percent(gone / weights)})",
         *(_share(kind, share, entry.groups) for kind, share in entry.shares.items()),
     ]
+    if any(layer.least < layer.most for layer in entry.layers):
+        least = min(layer.least / layer.weights for layer in entry.layers)
+        most = max(layer.most / layer.weights for layer in entry.layers)
+        lines.append(
+            f"  spread by calibration: from {percent(least)} to {percent(most)} of a layer; below as if all had the "
+            "same"
+        )
     if entry.whole:
         lines.append(f"  kept whole: {', '.join(entry.whole)}")
     if entry.packages:

@@ -35,6 +35,8 @@ class LayerResult:
         damping: what was added to the diagonal of the Hessian, relative to its mean; None without one.
         seconds: time spent on this layer.
         notes: what a user should know about this layer, one sentence each.
+        zeros: how many weights were to become zero, from a pruner whose `bounds` leave a choice; None for as many as
+            its `zeros` says.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LayerResult:
     damping: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    zeros: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,21 @@ class Pruner(Options, ABC):
 
     @abstractmethod
     def zeros(self, target: Target) -> int:
-        """How many weights of this layer will be zero, exactly; 0 for a pruner that removes heads and neurons."""
+        """How many weights of this layer will be zero, exactly; 0 for a pruner that removes heads and neurons.
+
+        Where `bounds` leave a choice, the sum over all layers is meant: as many as if none were made.
+        """
+
+    def bounds(self, target: Target) -> tuple[int, int]:
+        """The fewest and the most weights of this layer that will be zero; by default just as many as `zeros` says.
+
+        A pruner that decides so late how to spread its zeros says in every `LayerResult` how many a layer was given.
+        """
+        return self.zeros(target), self.zeros(target)
+
+    def passes(self, packages: int) -> int:
+        """How often calibration will sample all prompts, where the layers are cut into so many packages."""
+        return packages
 
     def removals(self, component: Component) -> Mapping[Group, int]:
         """How many heads or neurons will be removed, by group; nothing for a pruner that leaves every shape as it is.

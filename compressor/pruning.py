@@ -49,8 +49,8 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
 
     Raises:
         CompressorError: if the pruner fails, leaves a layer or a group out, leaves a weight that is not finite, makes
-            fewer zeros or removes other numbers of heads or neurons than it promised; or if the network does not
-            compute the same without them.
+            fewer zeros or removes other numbers of heads or neurons than it promised, or spreads its zeros otherwise;
+            or if the network does not compute the same without them.
     """
     layers = entry.layers
     shapes = {target.name: (target.outputs, target.inputs) for target in layers}
@@ -98,6 +98,19 @@ def _check_results(entry: Entry, results: Mapping[str, LayerResult], removed: Ma
     for target in entry.calibrated:
         if target.name not in results:
             raise CompressorError(f"{start} left out {target.name}; nothing was kept")
+        least, most = entry.pruner.bounds(target)
+        chosen = _asked(entry, target, results[target.name])
+        if not least <= chosen <= most:
+            raise CompressorError(
+                f"{start} should have given {target.name} from {least} to {most} zeros, found {chosen}; "
+                "nothing was kept"
+            )
+    promised = sum(entry.pruner.zeros(target) for target in entry.calibrated)
+    given = sum(_asked(entry, target, results[target.name]) for target in entry.calibrated)
+    if given != promised:
+        raise CompressorError(
+            f"{start} should have spread {promised} zeros over its layers, found {given}; nothing was kept"
+        )
     for group, count in entry.removals.items():
         units = removed[group.name].units if group.name in removed else ()
         if not len(units) == len(set(units)) == count:
@@ -132,7 +145,7 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None, shape: Sha
     if not torch.isfinite(weight).all():
         raise CompressorError(f"{start} left values in {target.name} that are not finite; nothing was kept")
     zeros = int((weight == 0).sum())
-    asked = entry.pruner.zeros(target)
+    asked = _asked(entry, target, result)
     if zeros < asked:
         raise CompressorError(
             f"{start} should have made {asked} weights of {target.name} zero, found {zeros}; nothing was kept"
@@ -159,6 +172,11 @@ def _verify(entry: Entry, target: Target, result: LayerResult | None, shape: Sha
         seconds=result.seconds,
         notes=(*result.notes, *_explain_more(zeros - asked)),
     )
+
+
+def _asked(entry: Entry, target: Target, result: LayerResult | None) -> int:
+    """How many weights of a layer were to become zero."""
+    return entry.pruner.zeros(target) if result is None or result.zeros is None else result.zeros
 
 
 def _explain_more(more: int) -> tuple[str, ...]:

@@ -165,6 +165,24 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
             ".obs_diff: block has no effect: solver admm has no blocks; leave it out",
         ),
         (
+            "obs_diff: {sparsity: 0.6, spread: 0.4}",
+            ".obs_diff: spread should leave every layer a share from 0 to less than 1, found 0.6 with a spread of 0.4; "
+            "at most 0.399 would do",
+        ),
+        (
+            "obs_diff: {sparsity: 0.1, spread: 0.2}",
+            ".obs_diff: spread should leave every layer a share from 0 to less than 1, found 0.1 with a spread of 0.2; "
+            "at most 0.1 would do",
+        ),
+        (
+            "obs_diff: {spread: 0.1, granularity: {n_m: {keep: 2, of: 4}}}",
+            ".obs_diff: spread has no effect: this granularity decides what every layer loses; leave it out",
+        ),
+        (
+            "obs_diff: {spread: 0.1, granularity: {structured: {heads: 0.3}}}",
+            ".obs_diff: spread has no effect: this granularity decides what every layer loses; leave it out",
+        ),
+        (
             "obs_diff: {sparsity: 0.3, fusion: rank_fusion}",
             ".obs_diff: fusion has no effect: only heads are shared by two streams; leave it out",
         ),
@@ -210,8 +228,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ("obs_diff: {sparsity: 0.5, dampng: 1}", ".obs_diff.dampng: unknown key; did you mean 'damping'?"),
         (
             "obs_diff: {sparsity: 0.5, xyz: 1}",
-            ".obs_diff.xyz: unknown key; known: sparsity, granularity, weighting, objective, solver, refit, damping, "
-            "block, fusion",
+            ".obs_diff.xyz: unknown key; known: sparsity, spread, granularity, weighting, objective, solver, refit, "
+            "damping, block, fusion",
         ),
         ("magnitud: {sparsity: 0.5}", ": no pruner named 'magnitud'; did you mean 'magnitude'?"),
         (

@@ -194,9 +194,9 @@ def test_every_solver_makes_exactly_as_many_zeros_as_asked(granularity, sparsity
     weight_OI, hessian_II = (tensor.float() for tensor in problem(7, 20, 1))
     share = sparsity if granularity.needs_sparsity else None
     before = weight_OI.clone(), hessian_II.clone()
-    given = Problem(hessian_II, 0.01, granularity, share, 128, "x")
+    given = Problem(hessian_II, 0.01, granularity, 128, "x")
     for solve in SOLVERS.values():
-        new_OI, removed_OI = solve(weight_OI, given)
+        new_OI, removed_OI = solve(weight_OI, given, share)
         assert int(removed_OI.sum()) == granularity.zeros(7, 20, share)
         assert not new_OI[removed_OI].any()
         assert granularity.holds(new_OI)
@@ -207,9 +207,9 @@ def test_every_solver_makes_exactly_as_many_zeros_as_asked(granularity, sparsity
 def test_an_input_that_is_always_zero_is_no_trouble():
     weight_OI, hessian_II = (tensor.float() for tensor in problem(5, 16, 2))
     hessian_II[3] = hessian_II[:, 3] = 0
-    given = Problem(hessian_II, 0.01, Unstructured(), 0.5, 128, "x")
+    given = Problem(hessian_II, 0.01, Unstructured(), 128, "x")
     for solve in SOLVERS.values():
-        new_OI, removed_OI = solve(weight_OI, given)
+        new_OI, removed_OI = solve(weight_OI, given, 0.5)
         assert torch.isfinite(fit(weight_OI, given.damped_II, removed_OI, new_OI).weight_OI).all()
 
 

@@ -11,17 +11,21 @@ Kronecker-factored Approximate Curvature", ICML 2015).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compressor.calibration.moments import Moments
 from compressor.structure import Target
 
 SHARE = 0.25
 """Of the network's calls in which gradients are gathered. All brought nothing more; a sixteenth cost about a tenth."""
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels that are differentiated: without cuDNN's, whose backward pass failed on an H200 (torch 2.11, float16)."""
 
 
 @contextmanager
@@ -37,6 +41,7 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
         sums: by the layers' names; each gets a sum of g g^T.
     """
     generator = torch.Generator().manual_seed(0)
+    kernels = ExitStack()
     outputs: dict[str, Tensor] = {}
     differentiated, first = False, True
 
@@ -45,6 +50,8 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
         differentiated = torch.rand((), generator=generator).item() < SHARE or first
         first = False
         torch.set_grad_enabled(differentiated)
+        if differentiated:
+            kernels.enter_context(sdpa_kernel(ATTENTION))
 
     def after_layer(target: Target) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
@@ -63,6 +70,7 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
         noise = torch.randn(output.shape, generator=generator).to(output)
         grads = torch.autograd.grad(output, list(outputs.values()), noise, allow_unused=True)
         torch.set_grad_enabled(False)
+        kernels.close()
         for (name, found), grad in zip(outputs.items(), grads, strict=True):
             sums[name].add(torch.zeros_like(found) if grad is None else grad, 1.0)
         outputs.clear()
@@ -77,6 +85,7 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
             parameter.requires_grad_(False)
         yield
     finally:
+        kernels.close()
         for handle in handles:
             handle.remove()
         for parameter in frozen:

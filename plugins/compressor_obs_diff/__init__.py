@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from compressor.plugin import (
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
-    from compressor.calibration import Calibration
+    from compressor.calibration import Calibration, Moments
     from compressor.structure import Component, Group, Target
 
 
@@ -29,6 +30,13 @@ class OBSDiff(Pruner):
     """Removes weights at the least cost to the layer's output and lets the remaining ones make up for them."""
 
     sparsity: float | None = Field(default=None, gt=0, lt=1, description="the share of each layer's weights to remove")
+    spread: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="how far a layer's share may be from sparsity, by what its error does to the network's output; "
+        "of single weights",
+    )
     granularity: Annotated[Granularity, Choice("granularity")] = Field(
         default="unstructured", validate_default=True, description="which weights stand or fall together"
     )
@@ -67,6 +75,13 @@ class OBSDiff(Pruner):
                 raise ValueError(
                     f"{name} has no effect: heads and neurons are chosen one by one and fitted anew; leave it out"
                 )
+        if self.spread and self.sparsity is None:
+            raise ValueError("spread has no effect: this granularity decides what every layer loses; leave it out")
+        if self.sparsity is not None and not self.spread <= self.sparsity < 1 - self.spread:
+            raise ValueError(
+                f"spread should leave every layer a share from 0 to less than 1, found {self.sparsity:g} with a spread "
+                f"of {self.spread:g}; at most {min(self.sparsity, 0.999 - self.sparsity):.3g} would do"
+            )
         if not structured and self.fusion != default["fusion"]:
             raise ValueError("fusion has no effect: only heads are shared by two streams; leave it out")
         if self.objective == "network" and self.solver == "obs" and not structured:
@@ -80,8 +95,8 @@ class OBSDiff(Pruner):
 
     @property
     def moments(self) -> MomentKind:
-        """Second moments, and those of gradients where the objective is the network's output."""
-        return "gradients" if self.objective == "network" else "second"
+        """Second moments, and those of gradients where the network's output counts."""
+        return "gradients" if self.objective == "network" or self.spread else "second"
 
     def check(self, targets: Sequence[Target]) -> None:
         """Refuses layers whose shape does not fit the granularity."""
@@ -98,6 +113,20 @@ class OBSDiff(Pruner):
         if isinstance(self.granularity, Elementwise):
             return self.granularity.zeros(target.outputs, target.inputs, self.sparsity)
         return 0
+
+    def bounds(self, target: Target) -> tuple[int, int]:
+        """`spread` below and above the sparsity."""
+        zeros = self.zeros(target)
+        if not self.spread or self.sparsity is None:
+            return zeros, zeros
+        weights = target.outputs * target.inputs
+        least = math.ceil((self.sparsity - self.spread) * weights - 1e-6)
+        most = math.floor((self.sparsity + self.spread) * weights + 1e-6)
+        return min(least, zeros), max(most, zeros)
+
+    def passes(self, packages: int) -> int:
+        """With a spread, all packages are calibrated on the dense network first; the first one is not done again."""
+        return 2 * packages - 1 if self.spread else packages
 
     def holds(self, target: Target) -> bool:
         """Whether the zeros lie where the granularity wants them."""
@@ -116,13 +145,25 @@ class OBSDiff(Pruner):
         from compressor.structure import consumers
         from compressor_obs_diff.groups import prune_groups
         from compressor_obs_diff.layers import prune_package
+        from compressor_obs_diff.spread import Part, allocate, parts
 
         assert calibration is not None
         removals = {group: count for group, count in self.removals(component).items() if count}
         layers = consumers(removals) or component.targets
-        for package in calibration.packages(layers, self.moments):
-            moments = calibration.collect(package, self.moments, self.weighting)
+        packages = calibration.packages(layers, self.moments)
+        zeros: dict[str, int] | None = None
+        moments: dict[str, Moments] = {}
+        if self.spread:
+            found: list[Part] = []
+            for package in reversed(packages):  # so that the first one need not be calibrated again
+                moments.clear()
+                moments = calibration.collect(package, self.moments, self.weighting)
+                found += parts(self, package, moments)
+            zeros = allocate(found)
+        for package in packages:
+            if not (self.spread and package is packages[0]):
+                moments = calibration.collect(package, self.moments, self.weighting)
             if removals:
                 yield from prune_groups(self, removals, package, moments)
             else:
-                yield from prune_package(self, package, moments)
+                yield from prune_package(self, package, moments, zeros)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,8 @@ from compressor_obs_diff.solver import explain_damping, relative_error
 from compressor_obs_diff.solvers import SOLVERS, Problem
 
 if TYPE_CHECKING:
-    from compressor.calibration import Moments, Package
+    from compressor.calibration import Group, Moments, Package
+    from compressor.structure import Target
     from compressor_obs_diff import OBSDiff
 
 OUTPUT_DAMPING = 0.3
@@ -31,13 +32,16 @@ LEAST_SPREAD = 1e-4
 
 
 @torch.no_grad()
-def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments]) -> Iterator[LayerResult]:
+def prune_package(
+    options: OBSDiff, package: Package, moments: dict[str, Moments], zeros: Mapping[str, int] | None = None
+) -> Iterator[LayerResult]:
     """Prunes every layer of a package in place, freeing each group's moments when its layers are done.
 
     Args:
-        options: sparsity, an elementwise granularity, objective, solver, refit, damping and block.
+        options: an elementwise granularity, objective, solver, refit, damping and block.
         package: the layers, grouped by the input they share.
         moments: by group; emptied.
+        zeros: how many of each layer, by name; as many as `options.zeros` says if none.
     """
     granularity = options.granularity
     assert isinstance(granularity, Elementwise)
@@ -46,22 +50,9 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
         gathered = moments.pop(group.name)
         second_II = gathered.second_II
         assert second_II is not None
-        mean_I = _mean(gathered) if options.refit else None
-        problems: dict[bool, Problem] = {}
-        for target in group.targets:
+        for target, problem, absorbed_I in problems_of(options, group, gathered):
             weight, bias = target.module.weight, target.module.bias
-            absorbed_I = mean_I if bias is not None else None
-            absorbs = absorbed_I is not None
-            if absorbs not in problems:
-                problems[absorbs] = Problem(
-                    second_II if absorbed_I is None else _about(absorbed_I, gathered),
-                    options.damping,
-                    granularity,
-                    options.sparsity,
-                    options.block,
-                    target.name,
-                )
-            problem = problems[absorbs]
+            count = options.zeros(target) if zeros is None else zeros[target.name]
             notes = explain_damping(problem.factor.damping, options.damping, problem.factor.dtype)
             outputs_OO = None
             if options.objective == "network":
@@ -69,7 +60,9 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
                 if outputs_OO is None:
                     notes += ("the network's output does not depend on it: its own outputs' error was minimised",)
             old_OI = weight.detach().to(torch.float32, copy=True)
-            new_OI, removed_OI = SOLVERS[options.solver](old_OI, problem, outputs_OO)
+            new_OI, removed_OI = SOLVERS[options.solver](
+                old_OI, problem, count / old_OI.numel() if granularity.needs_sparsity else None, outputs_OO
+            )
             if options.refit:
                 most = MOST_STEPS if outputs_OO is None else COUPLED_STEPS
                 new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI, outputs_OO, most).weight_OI
@@ -83,8 +76,29 @@ def prune_package(options: OBSDiff, package: Package, moments: dict[str, Moments
                 damping=problem.factor.damping,
                 seconds=now - start,
                 notes=notes,
+                zeros=count,
             )
             start = time.perf_counter()
+
+
+def problems_of(options: OBSDiff, group: Group, moments: Moments) -> Iterator[tuple[Target, Problem, Tensor | None]]:
+    """Each layer of a group, its problem, which others may share, and the mean that its bias absorbs, if it does."""
+    assert isinstance(options.granularity, Elementwise)
+    assert moments.second_II is not None
+    mean_I = _mean(moments) if options.refit else None
+    problems: dict[bool, Problem] = {}
+    for target in group.targets:
+        absorbed_I = mean_I if target.module.bias is not None else None
+        absorbs = absorbed_I is not None
+        if absorbs not in problems:
+            problems[absorbs] = Problem(
+                moments.second_II if absorbed_I is None else _about(absorbed_I, moments),
+                options.damping,
+                options.granularity,
+                options.block,
+                target.name,
+            )
+        yield target, problems[absorbs], absorbed_I
 
 
 def _mean(moments: Moments) -> Tensor | None:

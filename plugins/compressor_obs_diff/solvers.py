@@ -23,7 +23,6 @@ class Problem:
         second_II: the Hessian, undamped, float32.
         damping: asked for, relative to the mean diagonal.
         granularity: what is removed together.
-        sparsity: the share of weights to remove, where the granularity needs one.
         block: columns that the sweep updates at a time.
         name: a layer, for errors.
     """
@@ -31,7 +30,6 @@ class Problem:
     second_II: Tensor
     damping: float
     granularity: Elementwise
-    sparsity: float | None
     block: int
     name: str
 
@@ -51,24 +49,31 @@ class Problem:
 class Solver(Protocol):
     """Chooses what goes and updates the rest."""
 
-    def __call__(self, weight_OI: Tensor, problem: Problem, outputs_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, weight_OI: Tensor, problem: Problem, sparsity: float | None, outputs_OO: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """New weights and the mask of what was removed (True), both O x I.
 
         Args:
             weight_OI: dense, float32. Not changed.
             problem: its inputs.
+            sparsity: the share of weights to remove, where the granularity needs one.
             outputs_OO: a metric of its outputs, positive definite; the identity if none. Not changed.
         """
         ...
 
 
-def _sweep(weight_OI: Tensor, problem: Problem, outputs_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _sweep(
+    weight_OI: Tensor, problem: Problem, sparsity: float | None, outputs_OO: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     assert outputs_OO is None, "the sweep takes every row for itself"
-    return sweep(weight_OI, problem.factor.upper_II, problem.granularity, problem.sparsity, problem.block)
+    return sweep(weight_OI, problem.factor.upper_II, problem.granularity, sparsity, problem.block)
 
 
-def _admm(weight_OI: Tensor, problem: Problem, outputs_OO: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return admm.choose(weight_OI, problem.damped_II, problem.granularity, problem.sparsity, outputs_OO)
+def _admm(
+    weight_OI: Tensor, problem: Problem, sparsity: float | None, outputs_OO: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return admm.choose(weight_OI, problem.damped_II, problem.granularity, sparsity, outputs_OO)
 
 
 SOLVERS: dict[str, Solver] = {"obs": _sweep, "admm": _admm}
