@@ -165,14 +165,19 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
             ".obs_diff: block has no effect: solver admm has no blocks; leave it out",
         ),
         (
-            "obs_diff: {sparsity: 0.6, spread: 0.4}",
+            "obs_diff: {sparsity: 0.6, spread: 0.4, solver: admm, objective: network}",
             ".obs_diff: spread should leave every layer a share from 0 to less than 1, found 0.6 with a spread of 0.4; "
             "at most 0.399 would do",
         ),
         (
-            "obs_diff: {sparsity: 0.1, spread: 0.2}",
+            "obs_diff: {sparsity: 0.1, spread: 0.2, solver: admm, objective: network}",
             ".obs_diff: spread should leave every layer a share from 0 to less than 1, found 0.1 with a spread of 0.2; "
             "at most 0.1 would do",
+        ),
+        (
+            "obs_diff: {sparsity: 0.6, spread: 0.1}",
+            ".obs_diff: spread needs objective network, whose gradients tell what the zeros of each layer do; add it, "
+            "or leave spread out",
         ),
         (
             "obs_diff: {spread: 0.1, granularity: {n_m: {keep: 2, of: 4}}}",

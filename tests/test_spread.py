@@ -22,6 +22,8 @@ from compressor.structure import Component
 from tests import tiny
 from tests.test_run import recipe
 
+GIVEN: dict[str, Any] = {"sparsity": 0.5, "spread": 0.2, "solver": "admm", "objective": "network"}
+
 
 def total_harm(layers: list[Part], zeros: tuple[int, ...]) -> float:
     def odds(share: float) -> float:
@@ -71,7 +73,7 @@ def test_where_zeros_do_no_harm_there_are_as_many_as_may_be(harms):
 def test_a_layer_that_the_output_does_not_depend_on_is_harmed_by_nothing():
     loaded = tiny.load("sd3")
     calibration = tiny.calibrate(loaded, packages=1)
-    pruner = OBSDiff(sparsity=0.5, spread=0.2)
+    pruner = OBSDiff(sparsity=0.5, spread=0.2, solver="admm", objective="network")
     (package,) = calibration.packages(loaded.targets, pruner.moments)
     moments = calibration.collect(package, pruner.moments, pruner.weighting)
     found = {part.name: part for part in parts(pruner, package, moments)}
@@ -84,7 +86,7 @@ def test_a_layer_that_the_output_does_not_depend_on_is_harmed_by_nothing():
 def test_where_no_weight_can_make_up_for_another_harm_is_a_sum_over_the_cheapest():
     loaded = tiny.load("sd3")
     calibration = tiny.calibrate(loaded, packages=1)
-    pruner = OBSDiff(sparsity=0.5, spread=0.2, damping=1e-6)
+    pruner = OBSDiff(sparsity=0.5, spread=0.2, damping=1e-6, solver="admm", objective="network")
     (package,) = calibration.packages(loaded.targets, pruner.moments)
     moments = calibration.collect(package, pruner.moments, pruner.weighting)
     group = package.groups[0]
@@ -107,7 +109,7 @@ def test_where_no_weight_can_make_up_for_another_harm_is_a_sum_over_the_cheapest
 def test_every_package_is_calibrated_before_the_first_is_pruned_and_the_first_but_once(packages, passes):
     loaded = tiny.load("flux")
     calibration = tiny.calibrate(loaded, packages=packages)
-    pruner = OBSDiff.model_validate({"sparsity": 0.5, "spread": 0.2, "solver": "admm", "refit": True})
+    pruner = OBSDiff.model_validate(GIVEN | {"refit": True})
     results = [r for r in pruner.prune(tiny.component(loaded), calibration) if isinstance(r, LayerResult)]
     assert calibration.facts.packages == passes == pruner.passes(packages)
     given = [result.zeros or 0 for result in results]
@@ -117,8 +119,7 @@ def test_every_package_is_calibrated_before_the_first_is_pruned_and_the_first_bu
 
 @pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])
 def test_a_run_spreads_exactly_as_many_zeros_as_asked_within_the_bounds(kind, tmp_path):
-    given = {"obs_diff": {"sparsity": 0.5, "spread": 0.2}}
-    asked = recipe(kind, tmp_path / "out", [given])
+    asked = recipe(kind, tmp_path / "out", [{"obs_diff": GIVEN}])
     rows = report.read(run(asked, tiny.quiet()) / "report.json").layers
     shares = [row.zeros / row.parameters for row in rows]
     assert sum(row.zeros for row in rows) == sum(round(row.parameters / 2) for row in rows)
@@ -161,6 +162,6 @@ def test_a_pruner_that_spreads_otherwise_than_it_promised_is_refused(by, words, 
     monkeypatch.setattr(OBSDiff, "prune", uneven(by))
     total = sum(round(target.outputs * target.inputs / 2) for target in tiny.load("sd3").targets)
     with pytest.raises(CompressorError) as caught:
-        run(recipe("sd3", tmp_path / "out", [{"obs_diff": {"sparsity": 0.5, "spread": 0.15}}]), tiny.quiet())
+        run(recipe("sd3", tmp_path / "out", [{"obs_diff": GIVEN | {"spread": 0.15}}]), tiny.quiet())
     assert str(caught.value) == words.format(total, total + 1)
     assert not (tmp_path / "out").exists()

@@ -35,7 +35,7 @@ class OBSDiff(Pruner):
         ge=0,
         lt=1,
         description="how far a layer's share may be from sparsity, by what its error does to the network's output; "
-        "of single weights",
+        "of single weights, for objective network",
     )
     granularity: Annotated[Granularity, Choice("granularity")] = Field(
         default="unstructured", validate_default=True, description="which weights stand or fall together"
@@ -77,6 +77,11 @@ class OBSDiff(Pruner):
                 )
         if self.spread and self.sparsity is None:
             raise ValueError("spread has no effect: this granularity decides what every layer loses; leave it out")
+        if self.spread and self.objective != "network":
+            raise ValueError(
+                "spread needs objective network, whose gradients tell what the zeros of each layer do; add it, or "
+                "leave spread out"
+            )
         if self.sparsity is not None and not self.spread <= self.sparsity < 1 - self.spread:
             raise ValueError(
                 f"spread should leave every layer a share from 0 to less than 1, found {self.sparsity:g} with a spread "
@@ -95,8 +100,8 @@ class OBSDiff(Pruner):
 
     @property
     def moments(self) -> MomentKind:
-        """Second moments, and those of gradients where the network's output counts."""
-        return "gradients" if self.objective == "network" or self.spread else "second"
+        """Second moments, and those of gradients where the objective is the network's output."""
+        return "gradients" if self.objective == "network" else "second"
 
     def check(self, targets: Sequence[Target]) -> None:
         """Refuses layers whose shape does not fit the granularity."""
