@@ -54,8 +54,10 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
         folder: gets `compare.json` and `compare.md`, written anew after every entry.
 
     Raises:
-        CompressorError: as the run would, and if the recipe draws no pictures.
+        CompressorError: as the run would, and if the recipe prunes nothing or draws no pictures.
     """
+    if not recipe.prune:
+        raise CompressorError("prune: should have at least one entry to compare, found none")
     if not recipe.report.images:
         raise CompressorError("report.images: should be at least 1 to compare by, found 0")
     job = prepare(recipe, folder / "unused", Stopwatch(), progress, overwrite=True, alternatives=True)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from compressor import checkpoint, measure
 from compressor.errors import CompressorError
 from compressor.options import Options
@@ -16,12 +18,15 @@ from compressor.pipeline import Pipeline, pick_device
 from compressor.plugin import Export, Exporter
 from compressor.progress import Progress
 from compressor.registry import Choice, load
+from compressor.registry import find as registered
 from compressor.two_four import choice, product, table
 from compressor.two_four import runtime as sparse
 from compressor.units import several
 
 MANIFEST = "export.json"
 FORMAT = 1
+DESCRIBES = ("dtype", "opset", "inputs", "outputs")
+"""What `checks` says of a file, not of how near to torch it came, which differs from machine to machine."""
 
 
 def write(exporter: Exporter, export: Export, folder: Path, result: Path) -> None:
@@ -64,6 +69,9 @@ def verify_all(folder: Path) -> Iterator[str]:
     if (folder / RECORD).is_file() or not found:
         files = checkpoint.verify(folder)["files"]
         yield f"{folder}: {several(len(files), 'file')} as saved"
+        for lost in (folder / name for name in registered("exporter")):
+            if lost.is_dir() and not (lost / MANIFEST).is_file():
+                raise CompressorError(f"{lost / MANIFEST}: missing, so that nothing in {lost} can be checked")
     pipeline: Pipeline | None = None
     for export, result in found:
         manifest = verify(export)
@@ -72,7 +80,12 @@ def verify_all(folder: Path) -> Iterator[str]:
             yield f"{export}: not compared with torch: no {RECORD} around it"
             continue
         pipeline = pipeline or checkpoint.load(result, "cpu")
-        for name, checks in prove(export, result, manifest, pipeline).items():
+        try:
+            proofs = prove(export, result, manifest, pipeline)
+        except CompressorError as error:
+            start = "" if str(error).startswith(str(export)) else f"{export}: "
+            raise CompressorError(f"{start}{error}") from error
+        for name, checks in proofs.items():
             if not checks.get("numeric"):
                 continue
             worst = max(entry["relative_l2"] for entry in checks["numeric"])
@@ -185,7 +198,8 @@ def prove(folder: Path, result: Path, manifest: dict[str, Any], pipeline: Pipeli
         The figures, as the exporter puts them; empty if it proves nothing anew.
 
     Raises:
-        CompressorError: if the export is of another result, or its files do not compute what torch computes.
+        CompressorError: if the export is of another result, the manifest is damaged or
+            says of a file what is not so, or the files do not compute what torch computes.
     """
     given, found = manifest["source"][RECORD], checkpoint.sha256(result / RECORD)
     if given != found:
@@ -194,8 +208,22 @@ def prove(folder: Path, result: Path, manifest: dict[str, Any], pipeline: Pipeli
             f"found {given}; export again"
         )
     cls: type[Options] = load("exporter", manifest["exporter"])
-    exporter: Any = cls.model_validate_json(json.dumps(manifest["options"]))
-    return exporter.verify(pipeline, folder)
+    try:
+        exporter: Any = cls.model_validate_json(json.dumps(manifest["options"]))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("options", *first["loc"])))
+        raise CompressorError(f"{folder / MANIFEST}: damaged: {where}: {first['msg']}") from None
+    proofs = exporter.verify(pipeline, folder)
+    for name, proof in proofs.items():
+        noted = manifest["checks"].get(name, {})
+        for key in (key for key in DESCRIBES if key in proof):
+            if noted.get(key) != proof[key]:
+                raise CompressorError(
+                    f"{folder / MANIFEST}: checks.{name}.{key} should be {json.dumps(proof[key])} as in the file, "
+                    f"found {json.dumps(noted.get(key))}"
+                )
+    return proofs
 
 
 def _read(folder: Path) -> dict[str, Any]:

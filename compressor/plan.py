@@ -16,6 +16,7 @@ from compressor.prepare import (
     check_exporters,
     check_table,
     enter,
+    explain_dense,
     explain_guidance,
     explain_left_out,
     shrink_twin,
@@ -140,6 +141,7 @@ def plan(recipe: Recipe) -> Plan:
         *folder.warnings,
         *pipelines.inspect(folder, twin),
         *explain_guidance(recipe, folder),
+        *explain_dense(recipe),
     ]
     entries = []
     zeros: dict[str, int] = {}

@@ -166,7 +166,8 @@ def prepare(
             seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
         progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, recipe.device, folder)
-        warnings = (*pipeline.warnings, *explain_guidance(recipe, folder), *explain_left_out(planned))
+        explained = (*explain_guidance(recipe, folder), *explain_left_out(planned), *explain_dense(recipe))
+        warnings = (*pipeline.warnings, *explained)
         for warning in warnings:
             progress.say(f"warning: {warning}")
         checkpoint.check_space(pipeline, output)
@@ -205,6 +206,13 @@ def explain_guidance(recipe: Recipe, folder: pipelines.Folder) -> tuple[str, ...
     return tuple(
         f"{name} has no effect: this {folder.pipeline_class} was trained without a guidance scale" for name in useless
     )
+
+
+def explain_dense(recipe: Recipe) -> tuple[str, ...]:
+    """A warning if the recipe asks for pictures before and after a pruning that it has none of."""
+    if recipe.prune or "report" not in recipe.model_fields_set or not recipe.report.images:
+        return ()
+    return ("report has no effect: nothing is pruned, so that there is nothing to compare",)
 
 
 def trace_at(twin: nn.Module, recipe: Recipe, folder: pipelines.Folder) -> Trace:
@@ -277,7 +285,7 @@ def _read_prompts(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
         calibrating = prompts.draw(found, recipe.calibration.samples, recipe.seed)
     source = recipe.report.prompts or (recipe.calibration.prompts if recipe.calibration else None)
     drawing: tuple[str, ...] = ()
-    if recipe.report.images and source is not None:
+    if recipe.prune and recipe.report.images and source is not None:
         drawing = prompts.read(source, "evaluation")[: recipe.report.images]
     return calibrating, drawing
 

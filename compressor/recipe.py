@@ -175,7 +175,9 @@ class Recipe(Options):
     calibration: Calibration | None = Field(
         default=None, description="how the layers' inputs are gathered; may be left out if no pruner needs them"
     )
-    prune: tuple[Pruning, ...] = Field(strict=False, min_length=1, description="one pruner after another")
+    prune: tuple[Pruning, ...] = Field(
+        strict=False, description="one pruner after another; `[]` leaves the model as it is, to be exported"
+    )
     report: Report = Field(default=Report(), description="what the report shows")
     export: tuple[Annotated[Exporter, Choice("exporter")], ...] = Field(
         default=(), strict=False, description="one exporter after another, each into a folder of its name in the output"
@@ -188,6 +190,8 @@ class Recipe(Options):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"export names {name} twice; each exporter writes one folder, called like itself")
+        if not self.prune and not self.export:
+            raise ValueError("prune and export are both empty: there is nothing to do")
         return self
 
     @model_validator(mode="after")
@@ -196,7 +200,7 @@ class Recipe(Options):
             if entry.pruner.moments != "none" and self.calibration is None:
                 name = Choice("pruner").name(entry.pruner)
                 raise ValueError(f"calibration is missing: prune[{i}].{name} needs the inputs of its layers")
-        if self.report.images and self.report.prompts is None and self.calibration is None:
+        if self.prune and self.report.images and self.report.prompts is None and self.calibration is None:
             raise ValueError(
                 "report.prompts is missing: without a calibration there are no prompts to draw images from"
             )
@@ -255,6 +259,8 @@ def schema() -> dict[str, Any]:
     result["properties"]["prune"]["items"] = {"anyOf": [result["properties"]["prune"]["items"], bare]}
     for name in ("model", "prompts"):
         _allow_short_form(result, name)
+    some = {name: {"properties": {name: {"minItems": 1}}, "required": [name]} for name in ("prune", "export")}
+    result["anyOf"] = list(some.values())
     result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     result["title"] = "compressor recipe"
     return result
@@ -267,26 +273,19 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
         given = Path(path).expanduser()
         return str(folder / given) if (folder / given).exists() else str(given) if path.startswith("~") else path
 
-    def prompts(value: Prompts | None) -> Prompts | None:
-        if value is None or value.file is None:
-            return value
-        return value.model_copy(update={"file": beside(value.file)})
+    def prompts(value: Prompts) -> Prompts:
+        return value if value.file is None else value.model_copy(update={"file": beside(value.file)})
 
-    calibration = recipe.calibration
-    if calibration is not None:
-        calibration = calibration.model_copy(update={"prompts": prompts(calibration.prompts)})
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"source": beside(recipe.model.source)}),
-            "calibration": calibration,
-            "prune": tuple(
-                entry.model_copy(update={"pruner": entry.pruner.move_files(beside)}) for entry in recipe.prune
-            ),
-            "export": tuple(exporter.move_files(beside) for exporter in recipe.export),
-            "report": recipe.report.model_copy(update={"prompts": prompts(recipe.report.prompts)}),
-            "output": str(Path(recipe.output).expanduser()),
-        }
-    )
+    update: dict[str, Any] = {
+        "model": recipe.model.model_copy(update={"source": beside(recipe.model.source)}),
+        "prune": tuple(entry.model_copy(update={"pruner": entry.pruner.move_files(beside)}) for entry in recipe.prune),
+        "export": tuple(exporter.move_files(beside) for exporter in recipe.export),
+        "output": str(Path(recipe.output).expanduser()),
+    }
+    for name, given in (("calibration", recipe.calibration), ("report", recipe.report)):
+        if given is not None and given.prompts is not None:  # what was not given stays known as such
+            update[name] = given.model_copy(update={"prompts": prompts(given.prompts)})
+    return recipe.model_copy(update=update)
 
 
 def _explain(error: ValidationError, source: located_yaml.Located) -> list[str]:

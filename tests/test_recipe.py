@@ -316,7 +316,7 @@ def test_a_mistake_elsewhere_has_one_message(line, words):
 @pytest.mark.parametrize(
     ("prune", "words"),
     [
-        ("prune: []", "r.yaml:2: prune: should not be empty"),
+        ("prune: []", "r.yaml:1: prune and export are both empty: there is nothing to do"),
         ("prune:", "r.yaml:2: prune: should be a list, found nothing"),
         ("prune: {obs_diff: {sparsity: 0.5}}", "r.yaml:2: prune: should be a list, found a mapping"),
         ("prune: obs_diff", "r.yaml:2: prune: should be a list, found 'obs_diff'"),

@@ -61,11 +61,25 @@ def write(piece: Piece, settings: Settings, file: Path) -> dict[str, Any]:
     Raises:
         CompressorError: if the traced shape does not suit it, torch cannot export it, or the opset is another.
     """
-    label = _label(file)
     shape = _shape(piece, settings)
     dtype = getattr(torch, settings.dtype_of(piece))
     graph.write(piece, graph.copy_of(piece.module, dtype), shape, dtype, settings.opset, file)
-    return {"dtype": settings.dtype_of(piece), "opset": check.opset(file, settings.opset, label), **_signature(file)}
+    return describe(piece, settings, file)
+
+
+def describe(piece: Piece, settings: Settings, file: Path) -> dict[str, Any]:
+    """What a file is, as `write` says it.
+
+    Args:
+        piece: that it was written from.
+        settings: as it was written with.
+        file: as from `write`.
+
+    Raises:
+        CompressorError: if its operator set is not the one that the settings ask for.
+    """
+    opset = check.opset(file, settings.opset, _label(file))
+    return {"dtype": settings.dtype_of(piece), "opset": opset, **_signature(file)}
 
 
 def prove(piece: Piece, settings: Settings, file: Path) -> dict[str, Any]:

@@ -260,6 +260,9 @@ def _tiles(report: Report, fate: Fate, left: Left | None) -> Iterator[Tile]:
     asked, found = sparsity(report.layers)
     before, after = report.sizes.before, report.sizes.after
     nonzero = Tile("Non-zero parameters", units.count(after.nonzero), f"before: {units.count(before.nonzero)}")
+    if not report.layers:
+        yield Tile(f"Parameters of the {report.model.component}", units.count(before.parameters), "all of them")
+        return
     if left is None:
         whole = 1 - share(after.nonzero, after.parameters)
         yield Tile("Zeros in the pruned layers", units.percent(found), f"asked for {units.percent(asked)}")

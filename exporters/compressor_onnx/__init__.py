@@ -141,7 +141,12 @@ class ONNX(Exporter):
         found, _, settings = self._plan(pipeline)
         from compressor.onnx_files import writing
 
-        return {piece.name: writing.prove(piece, settings, folder / piece.name / "model.onnx") for piece in found}
+        checks: dict[str, Any] = {}
+        for piece in found:
+            file = folder / piece.name / "model.onnx"
+            proof = writing.prove(piece, settings, file)
+            checks[piece.name] = writing.describe(piece, settings, file) | proof
+        return checks
 
     def _plan(self, pipeline: Pipeline) -> tuple[list[Piece], dict[str, str], Settings]:
         if (problem := self.available()) is not None:

@@ -193,7 +193,8 @@ def test_a_file_that_was_edited_with_its_hash_is_found_by_what_it_computes(copy)
     (copy / "onnx" / "export.json").write_text(json.dumps(manifest))
     found = call("verify", copy)
     assert found.exit_code == 1
-    assert found.stderr.startswith("error: transformer/model.onnx: onnxruntime differs from torch by a relative L2 of ")
+    said = f"error: {copy / 'onnx'}: transformer/model.onnx: onnxruntime differs from torch by a relative L2 of "
+    assert found.stderr.startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,15 @@ def test_a_file_that_was_edited_with_its_hash_is_found_by_what_it_computes(copy)
         (lambda export: rewrite(export, format=9), "should be of format 1, found 9; update the package"),
         (lambda export: rewrite(export, files={"../r": {"sha256": ""}}), "names a file outside its folder: ../r"),
         (lambda export: rewrite(export, source={"compression.json": "0"}), "found 0; export again"),
+        (lambda export: rewrite(export, exporter="onxn"), "no exporter named 'onxn'; did you mean 'onnx'?"),
+        (
+            lambda export: rewrite(export, options={"tolerance": -1}),
+            "export.json: damaged: options.tolerance: Input should be greater than 0",
+        ),
+        (
+            lambda export: (export / "export.json").unlink(),
+            "onnx/export.json: missing, so that nothing in ",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_export_is_told(copy, change, message):
@@ -215,6 +225,17 @@ def test_what_is_wrong_with_an_export_is_told(copy, change, message):
     found = call("verify", copy)
     assert found.exit_code == 1
     assert message in found.stderr
+
+
+def test_what_the_manifest_says_of_a_file_is_held_against_the_file(copy):
+    checks = json.loads((copy / "onnx" / "export.json").read_text())["checks"]
+    opset = checks["text_encoder"]["opset"]
+    checks["text_encoder"]["opset"] = 99
+    rewrite(copy / "onnx", checks=checks, options={"components": ["text_encoder"]})
+    found = call("verify", copy)
+    assert found.exit_code == 1
+    said = f"checks.text_encoder.opset should be {opset} as in the file, found 99"
+    assert found.stderr == f"error: {copy / 'onnx' / 'export.json'}: {said}\n"
 
 
 def rewrite(export: Path, **changes: Any) -> None:
@@ -370,6 +391,35 @@ def test_an_export_is_found_in_a_result_and_by_itself(result):
     assert list(exported.find(result)) == [(result / "onnx", result.resolve())]
     assert list(exported.find(result / "onnx", "onnx")) == [(result / "onnx", result.resolve())]
     assert list(exported.find(result, "tensorrt")) == []
+
+
+def test_a_pipeline_that_is_not_pruned_is_exported_and_drawn_with(tmp_path):
+    source = tiny.folder("sd2")
+    data = {"model": str(source), "prune": [], "export": ["onnx"], "output": str(tmp_path / "out")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    planned = call("plan", tmp_path / "r.yaml")
+    assert planned.exit_code == 0
+    assert "warning" not in planned.stdout
+    out = running.run(recipe.load(str(tmp_path / "r.yaml")), tiny.quiet())
+    expected = draw(tiny.load("sd2").pipe)
+    assert psnr(draw(runtime.load(out / "onnx", out).pipe), expected) > DRAWN
+    said = json.loads((out / "report.json").read_text())
+    assert said["layers"] == []
+    assert said["sizes"]["before"] == said["sizes"]["after"]
+    page = (out / "report.html").read_text()
+    assert f"<h1>{source}, not pruned</h1>" in page
+    assert "What the zeros buy" not in page
+
+
+def test_what_cannot_be_compared_without_pruning_is_told(tmp_path):
+    data = {"model": str(tiny.folder("sd2")), "prune": [], "export": ["onnx"], "output": str(tmp_path / "out")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data | {"report": {"prompts": ["a cat"]}}))
+    assert "warning: report has no effect: nothing is pruned, so that there is nothing to compare\n" in (
+        call("plan", tmp_path / "r.yaml").stdout
+    )
+    assert call("compare", tmp_path / "r.yaml").stderr == (
+        "error: prune: should have at least one entry to compare, found none\n"
+    )
 
 
 @pytest.fixture(scope="module", params=["sd3", "sd35", "sd2", "sdxl", "flux"])
