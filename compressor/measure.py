@@ -27,7 +27,11 @@ PACKAGES = (
     "torchmetrics",
     "numpy",
     "onnx",
+    "onnxscript",
     "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch-pruning",
 )
 
 

@@ -85,7 +85,16 @@ def test_keeping_all_or_more_is_refused(keep, of):
         NM(keep=keep, of=of)
 
 
-@pytest.mark.parametrize("options", [{"keep": 0, "of": 4}, {"keep": 1, "of": 1}, {"keep": 2.0, "of": 4}, {"of": 4}])
+@pytest.mark.parametrize("options", [{"keep": 2}, {"of": 8}])
+def test_one_number_of_two_is_refused_and_neither_is_2_of_4(options):
+    with pytest.raises(
+        ValidationError, match="keep and of should be given together, or neither for 2 of 4; found one of them"
+    ):
+        NM(**options)
+    assert (NM().keep, NM().of) == (2, 4)
+
+
+@pytest.mark.parametrize("options", [{"keep": 0, "of": 4}, {"keep": 1, "of": 1}, {"keep": 2.0, "of": 4}])
 def test_other_nonsense_is_refused(options):
     with pytest.raises(ValidationError):
         NM.model_validate(options)

@@ -31,6 +31,8 @@ LEAST = 256
 """Tokens, inputs and outputs from which on products are tried: below, 2:4 gains nothing, and one of the kernels of
 cuSPARSELt 0.8 was seen to end with an illegal instruction, after which a process can use the GPU no more."""
 
+_TORCH: Any = torch  # which does not export these names in a way that type checkers see
+
 COLD = 256 * 2**20
 """Bytes that a timed series of products goes through: more than the cache of a GPU holds, as a whole network does."""
 
@@ -98,7 +100,7 @@ def unfit(tokens: int, inputs: int, outputs: int) -> str:
 
 def pack(weight_OI: Tensor) -> Tensor:
     """The weights that are kept, and where they are."""
-    return torch._cslt_compress(weight_OI.contiguous())
+    return _TORCH._cslt_compress(weight_OI.contiguous())
 
 
 @torch.library.custom_op("compressor::linear_2_4", mutates_args=())
@@ -128,12 +130,12 @@ def _(
 
 def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, algorithm: Algorithm) -> Tensor:
     """One call of cuSPARSELt; tokens are padded to what it takes."""
-    x_TI = x.reshape(-1, x.shape[-1])
+    x_TI = x.reshape(-1, x.shape[-1]).contiguous()  # a view's strides are not looked at
     tokens = x_TI.shape[0]
     if tokens % TOKENS:
         x_TI = functional.pad(x_TI, (0, 0, 0, -tokens % TOKENS))
     kernel, splits, mode = algorithm
-    y_TO = torch._cslt_sparse_mm(
+    y_TO = _TORCH._cslt_sparse_mm(
         packed, x_TI.t(), bias, transpose_result=True, alg_id=kernel, split_k=splits, split_k_mode=mode
     )
     return y_TO[:tokens].reshape(*x.shape[:-1], outputs)

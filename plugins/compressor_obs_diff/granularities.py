@@ -66,6 +66,8 @@ class NM(Elementwise):
 
     @model_validator(mode="after")
     def _check_order(self) -> Any:
+        if len({"keep", "of"} & self.model_fields_set) == 1:
+            raise ValueError("keep and of should be given together, or neither for 2 of 4; found one of them")
         if self.keep >= self.of:
             raise ValueError(f"keep should be less than of, found keep {self.keep} of {self.of}")
         if self.only_where_faster is not None and (self.keep, self.of) != (2, 4):

@@ -18,19 +18,25 @@ from compressor.two_four.runtime import Forward, explain, install
 ALGORITHM = (7, 1, -1)
 
 
+def linear_of(network: nn.Module, name: str) -> nn.Linear:
+    found = network.get_submodule(name)
+    assert isinstance(found, nn.Linear)
+    return found
+
+
 def pruned(kind: str = "sd3"):
     """A tiny pipeline whose feed-forwards are 2:4."""
     loaded = tiny.load(kind)
     names = [target.name for target in loaded.targets if target.layer.part == "feed_forward"]
     for name in names:
-        weight_OI = loaded.module.get_submodule(name).weight.data
+        weight_OI = linear_of(loaded.module, name).weight.data
         weight_OI.masked_fill_(lowest_of_groups(weight_OI.abs(), 2, 4), 0)
     return loaded, names
 
 
 def test_only_2_4_layers_are_found_and_an_empty_one_is_none():
     loaded, names = pruned()
-    loaded.module.get_submodule(names[-1]).weight.data.zero_()
+    linear_of(loaded.module, names[-1]).weight.data.zero_()
     assert list(layers.find(loaded.module, loaded.family)) == names[:-1]
 
 
@@ -38,7 +44,7 @@ def test_a_layer_is_sparse_for_the_tokens_it_was_given_a_kernel_for_and_dense_fo
     linear = nn.Linear(8, 4)
     holder = nn.ModuleDict({"a": nn.Sequential(linear)})
     layer = layers.replace(holder, ["a.0"])["a.0"]
-    assert holder["a"][0] is layer
+    assert holder.get_submodule("a.0") is layer
     x = torch.randn(2, 3, 8)
     assert torch.equal(layer(x), linear(x))
     assert (dense_products, layer.packed) == ([], None)
@@ -69,7 +75,7 @@ def test_only_layers_that_gain_are_converted_and_the_network_computes_the_same(k
     falling = [
         name
         for name in names
-        if loaded.module.get_submodule(name).out_features < loaded.module.get_submodule(name).in_features
+        if linear_of(loaded.module, name).out_features < linear_of(loaded.module, name).in_features
     ]
     assert sorted(forward.sparse[0]) == sorted(falling)
     assert told[0] == (f"{len(falling)} of {len(names)} 2:4 layers run sparse; the others are as fast or faster dense")
