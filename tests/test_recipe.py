@@ -122,7 +122,7 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
             ".obs_diff.granularity.n_m.keep: should be at least 1, found 0",
         ),
         (
-            "obs_diff: {granularity: {n_m: {keep: 1, only_where_faster: 1.05}}}",
+            "obs_diff: {granularity: {n_m: {keep: 1, of: 4, only_where_faster: 1.05}}}",
             ".obs_diff.granularity.n_m: only_where_faster needs keep 2 of 4, the only pattern that GPUs are faster "
             "with, found keep 1 of 4",
         ),
