@@ -563,6 +563,30 @@ def test_weights_beside_the_file_are_checked_and_listed_and_move_with_it(tmp_pat
     check.compare(runtime, pipeline.module, pieces.network(pipeline), SHAPE, torch.float16, 1e-2, label)
 
 
+@pytest.mark.slow
+def test_a_network_above_two_gigabytes_is_written_beside_its_file_and_proved(tmp_path):
+    """Protobuf ends at 2 GB; this takes some 12 GB of memory and 3 GB of the disk."""
+    network = SD3Transformer2DModel(
+        num_layers=7,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+    ).eval()
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    pipeline = networks.prune(networks.pipeline_of(network))
+    export = ONNX().export(pipeline, tmp_path)
+    data = tmp_path / "transformer" / "model.onnx.data"
+    assert data.relative_to(tmp_path) in export.files
+    assert data.stat().st_size > 2**31
+    assert data.stat().st_size == pytest.approx(4 * weights, rel=0.01)
+    checks = export.checks["transformer"]
+    assert all(entry["relative_l2"] <= 2e-5 for entry in checks["numeric"])
+    assert len(checks["sparse"]) == len(pipeline.targets)
+    assert ONNX().verify(pipeline, tmp_path)["transformer"]["numeric"] == checks["numeric"]
+
+
 def test_a_network_in_training_mode_is_exported_for_inference(sparse_sd3):
     assert not sparse_sd3.pipeline.module.training
     network = copy.deepcopy(sparse_sd3.pipeline.module).train()
