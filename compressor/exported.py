@@ -143,7 +143,8 @@ def run_sparse(pipeline: Pipeline, probe: Path | None, progress: Progress) -> No
         decide = choice.Measuring(pipeline.dtype, pipeline.device, choice.FASTER, progress.say)
     else:
         decide = choice.Tabled(table.read(probe), str(probe), choice.FASTER)
-        decide.check(product.gpu(pipeline.device), measure.versions() | {"cusparselt": product.version()})
+        versions = measure.versions() | {"cusparselt": product.version()}
+        decide.check(product.gpu(pipeline.device), versions, pipeline.dtype)
     sparse.install(pipeline.module, pipeline.family, decide, progress.say)
 
 

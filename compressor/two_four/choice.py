@@ -59,8 +59,8 @@ class Tabled:
     file: str
     faster: float
 
-    def check(self, device: str, versions: dict[str, str]) -> None:
-        """Refuses a table of another GPU, torch or cuSPARSELt, whose kernels have other numbers and times.
+    def check(self, device: str, versions: dict[str, str], dtype: torch.dtype) -> None:
+        """Refuses a table of another GPU, torch, cuSPARSELt or dtype, whose kernels have other numbers and times.
 
         Raises:
             CompressorError: saying what differs.
@@ -74,6 +74,12 @@ class Tabled:
                     f"{self.file}: should be measured with the {what} of this machine, {here}, found {given}; run "
                     "`compressor probe` here, or leave --probe out"
                 )
+        wanted = str(dtype).removeprefix("torch.")
+        if self.table.dtype != wanted:
+            raise CompressorError(
+                f"{self.file}: should be measured in {wanted} as the network is, found {self.table.dtype}; run "
+                f"`compressor probe --dtype {wanted}`, or leave --probe out"
+            )
 
     def __call__(self, tokens: int, inputs: int, outputs: int, bias: bool) -> Algorithm | None:
         row = self.table.find(tokens, inputs, outputs)

@@ -74,14 +74,21 @@ def test_a_kernel_is_taken_if_it_gains_enough_and_a_table_of_another_machine_is_
         "p.json: has no row for 9 x 4 x 4 (tokens x inputs x outputs); measure this size and batch with `compressor "
         "probe`, or leave --probe out"
     )
-    asked.check("NVIDIA X", VERSIONS)
+    dtype = getattr(torch, asked.table.dtype)
+    asked.check("NVIDIA X", VERSIONS, dtype)
+    with pytest.raises(CompressorError) as caught:
+        asked.check("NVIDIA X", VERSIONS, torch.float64)
+    assert str(caught.value) == (
+        f"p.json: should be measured in float64 as the network is, found {asked.table.dtype}; run `compressor probe "
+        "--dtype float64`, or leave --probe out"
+    )
     for device, versions, words in (
         ("NVIDIA Y", VERSIONS, "the GPU of this machine, NVIDIA Y, found NVIDIA X"),
         ("NVIDIA X", VERSIONS | {"torch": "3"}, "the torch of this machine, 3, found 2.11.0"),
         ("NVIDIA X", VERSIONS | {"cusparselt": "1"}, "the cusparselt of this machine, 1, found 0.8.0"),
     ):
         with pytest.raises(CompressorError) as caught:
-            asked.check(device, versions)
+            asked.check(device, versions, dtype)
         assert str(caught.value) == (
             f"p.json: should be measured with {words}; run `compressor probe` here, or leave --probe out"
         )
