@@ -300,7 +300,7 @@ BATCH = click.option(
     help="Samples of one forward of the network; with classifier-free guidance an image takes two. May be given "
     "several times.",
 )
-HALF = click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="bfloat16", show_default=True)
+HALF = click.option("--dtype", type=click.Choice(["bfloat16"]), default="bfloat16", show_default=True)
 
 
 @main.command()

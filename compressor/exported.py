@@ -138,7 +138,7 @@ def run_sparse(pipeline: Pipeline, probe: Path | None, progress: Progress) -> No
     """
     if pipeline.dtype not in product.TOLERANCE:
         found = str(pipeline.dtype).removeprefix("torch.")
-        raise CompressorError(f"--runtime torch-sparse: should be a network in float16 or bfloat16, found {found}")
+        raise CompressorError(f"--runtime torch-sparse: should be a network in bfloat16, found {found}")
     if probe is None:
         decide = choice.Measuring(pipeline.dtype, pipeline.device, choice.FASTER, progress.say)
     else:

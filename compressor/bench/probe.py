@@ -30,7 +30,7 @@ class Settings:
         models: names of known models, or recipes.
         size: height and width of the images in pixels; None for 1024, and for a recipe its own.
         batches: samples of one forward of the network.
-        dtype: `float16` or `bfloat16`.
+        dtype: `bfloat16`.
         device: `auto`, `cuda`, `cuda:1`, ...
         turns: of dense and 2:4, for each shape.
     """

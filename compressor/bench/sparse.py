@@ -45,7 +45,7 @@ class Settings:
         size: height and width of the pictures in pixels.
         batches: samples of one forward.
         layers: shorten each part of the network to so many; None for all.
-        dtype: `float16` or `bfloat16`.
+        dtype: `bfloat16`.
         faster: layers whose 2:4 product is at least so many times as fast as the dense one are converted.
         extent: what torch compiles in one piece, dense and 2:4 alike, or `no`.
         device: `auto`, `cuda`, ...

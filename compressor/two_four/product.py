@@ -21,8 +21,9 @@ from compressor.sparsity import lowest_of_groups
 Algorithm = tuple[int, int, int]
 """cuSPARSELt's number of a kernel, how often it splits the inputs, and the way of splitting."""
 
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""The largest relative L2 difference of a 2:4 product from the dense one of the same weights, by dtype."""
+TOLERANCE = {torch.bfloat16: 1e-2}
+"""By dtype that products are tried in, the largest relative L2 difference of a 2:4 product from the dense one of the
+same weights. Float16 is left out: in it, a kernel of cuSPARSELt 0.8 was seen to end with an illegal instruction."""
 
 WEIGHT, TOKENS = 32, 8
 """What cuSPARSELt wants both sides of a half-precision weight, and the number of tokens, to be multiples of."""
@@ -174,7 +175,7 @@ def measure(
         inputs: of the layer.
         outputs: of the layer.
         bias: whether it has one.
-        dtype: float16 or bfloat16.
+        dtype: a key of `TOLERANCE`.
         device: a GPU for which `problem` finds none.
         turns: of dense and 2:4.
     """

@@ -574,7 +574,7 @@ def test_a_network_above_two_gigabytes_is_written_beside_its_file_and_proved(tmp
         caption_projection_dim=1536,
         pooled_projection_dim=2048,
     ).eval()
-    weights = sum(parameter.numel() for parameter in network.parameters())
+    weights = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     pipeline = networks.prune(networks.pipeline_of(network))
     export = ONNX().export(pipeline, tmp_path)
     data = tmp_path / "transformer" / "model.onnx.data"

@@ -161,7 +161,7 @@ def test_a_torch_without_cusparselt_and_an_old_gpu_are_told(monkeypatch):
 def test_a_float32_network_is_refused():
     with pytest.raises(CompressorError) as caught:
         exported.run_sparse(tiny.load("sd3"), None, tiny.quiet())
-    assert str(caught.value) == "--runtime torch-sparse: should be a network in float16 or bfloat16, found float32"
+    assert str(caught.value) == "--runtime torch-sparse: should be a network in bfloat16, found float32"
 
 
 def test_the_fastest_kernel_that_is_right_is_taken_and_one_that_fails_is_passed_over(monkeypatch):
