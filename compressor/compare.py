@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from compressor import measure, report
 from compressor.errors import CompressorError
@@ -16,8 +19,24 @@ from compressor.prepare import Prepared, enter, prepare, shrink_twin, trace_at
 from compressor.progress import Progress
 from compressor.pruning import prune
 from compressor.recipe import Recipe
+from compressor.report.pairs import latent_errors
 from compressor.structure import Snapshot
 from compressor.units import count
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A row's latent error as a multiple of that of a row above, which took as many weights in the same granularity.
+
+    Attributes:
+        of: the entry of the row above.
+        mean: ratio of the two means over the images.
+        standard_error: of `mean`, over pairs of images from equal noise (delta method); None for one image.
+    """
+
+    of: str
+    mean: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class Row:
         operations: multiply-adds of one forward, after, as a dense kernel does them.
         seconds: calibration and solving, without drawing.
         figures: by metric and name.
+        ratio: to the first row above that is alike; None if none is.
         warnings: what the user should know.
     """
 
@@ -42,7 +62,30 @@ class Row:
     operations: int
     seconds: float
     figures: dict[str, dict[str, float]]
+    ratio: Ratio | None
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What later rows are held against.
+
+    Attributes:
+        entry: its place in the recipe.
+        granularity: class of the pruner's own; None for a pruner without.
+        gone: how many weights left or are zero.
+        errors: of each image's final latents, on the CPU.
+    """
+
+    entry: str
+    granularity: type | None
+    gone: int
+    errors: Tensor
+
+
+ALIKE = 0.01
+"""How far the numbers of weights gone may be apart, relatively, for two rows to be held against each other: whole heads
+and neurons do not come out at equal numbers."""
 
 
 def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]:
@@ -65,6 +108,7 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
     targets = {target.name: target for entry in job.entries for target in entry.layers}
     original = Snapshot(targets.values(), [group for entry in job.entries for group in entry.removals])
     rows: list[Row] = []
+    above: list[_Measured] = []
     for number, entry in enumerate(job.entries, start=1):
         progress.say(f"{number} of {len(job.entries)}: {_describe(recipe, number - 1)}")
         original.restore()
@@ -76,6 +120,12 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
         pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
         assert pairs is not None
         figures, notes = report.measure(job.metrics, pairs)
+        measured = _Measured(
+            entry=entry.where,
+            granularity=_granularity(recipe.prune[number - 1].pruner),
+            gone=sum(layer.gone for layer in pruned.layers),
+            errors=latent_errors(pairs).cpu(),
+        )
         said = (*job.warnings, *(job.calibration.facts.warnings if job.calibration else ()), *notes)
         rows.append(
             Row(
@@ -86,9 +136,11 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
                 operations=_operations(job, number - 1),
                 seconds=seconds,
                 figures=figures,
+                ratio=_ratio(measured, above),
                 warnings=said,
             )
         )
+        above.append(measured)
         _write(job, rows, folder)
     return tuple(rows)
 
@@ -103,18 +155,54 @@ def _operations(job: Prepared, index: int) -> int:
     return trace_at(twin, job.recipe, folder).macs
 
 
+def _granularity(pruner: Options) -> type | None:
+    """Of pruners that have an option of that name, as those of this project do."""
+    found = getattr(pruner, "granularity", None)
+    return None if found is None else type(found)
+
+
+def _ratio(row: _Measured, above: list[_Measured]) -> Ratio | None:
+    for other in above:
+        if other.granularity is row.granularity and abs(other.gone - row.gone) <= ALIKE * other.gone:
+            mean, error = ratio_of_means(row.errors, other.errors)
+            return Ratio(other.entry, mean, error) if math.isfinite(mean) else None
+    return None
+
+
+def ratio_of_means(numerator_N: Tensor, denominator_N: Tensor) -> tuple[float, float | None]:
+    """The ratio of two means over the same N samples, and its standard error by the delta method.
+
+    With r the ratio, it is that of the mean of numerator - r denominator, over the denominator's mean: what both have
+    in common, such as an image that is hard for every pruner, does not blur it.
+    """
+    ratio = (numerator_N.mean() / denominator_N.mean()).item()
+    if len(numerator_N) < 2:
+        return ratio, None
+    rest_N = numerator_N - ratio * denominator_N
+    return ratio, (rest_N.std() / len(rest_N) ** 0.5 / denominator_N.mean()).item()
+
+
 def table(rows: tuple[Row, ...], names: tuple[str, ...]) -> str:
-    """A Markdown table: one row an entry, one column a figure `metric.name`, with standard errors."""
+    """A Markdown table: one row an entry, one column a figure `metric.name`, with standard errors.
+
+    The ratio stands in the last column but one, with the number of the row that it is to.
+    """
     lines = [
-        "| pruner | gone | parameters | operations | "
+        "| row | pruner | gone | parameters | operations | "
         + " | ".join(name.partition(".")[2].replace("_", " ") for name in names)
-        + " | seconds |",
-        "| --- | --- | --- | --- | " + " | ".join("---" for _ in names) + " | --- |",
+        + " | latent error, of that of row | seconds |",
+        "| --- | --- | --- | --- | --- | " + " | ".join("---" for _ in names) + " | --- | --- |",
     ]
+    numbers = {row.entry: number for number, row in enumerate(rows, start=1)}
     for row in rows:
         cells = [_figure(row, name) for name in names]
+        cells.append(
+            ""
+            if row.ratio is None
+            else f"{_with_error(row.ratio.mean, row.ratio.standard_error)} of {numbers[row.ratio.of]}"
+        )
         sizes = f"{row.sparsity:.1%} | {count(row.parameters)} | {count(row.operations)}"
-        lines.append(f"| {row.pruner} | {sizes} | {' | '.join(cells)} | {row.seconds:.1f} |")
+        lines.append(f"| {numbers[row.entry]} | {row.pruner} | {sizes} | {' | '.join(cells)} | {row.seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -123,8 +211,11 @@ def _figure(row: Row, name: str) -> str:
     figures = row.figures.get(metric, {})
     if key not in figures:
         return "-"
-    error = figures.get(f"{key}_se")
-    return f"{figures[key]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    return _with_error(figures[key], figures.get(f"{key}_se"))
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
 def _describe(recipe: Recipe, index: int) -> str:

@@ -281,7 +281,7 @@ def test_alternatives_are_each_tried_on_the_dense_network(tmp_path):
     assert (rows[0].parameters, rows[0].operations) == (planned.parameters_after, planned.macs_after)
     assert (rows[1].parameters, rows[1].operations) == (planned.parameters, planned.macs)
     text = (tmp_path / "compared" / "compare.md").read_text()
-    assert text.startswith("| pruner | gone | parameters | operations | ")
+    assert text.startswith("| row | pruner | gone | parameters | operations | ")
 
 
 prune_by_l1 = L1Norm.prune
