@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from compressor import builtin, registry, shrunk
+from compressor import builtin, offload, registry, shrunk
 from compressor import weights as weight_files
 from compressor.errors import CompressorError
 from compressor.recipe import Model
@@ -189,8 +189,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.module.parameters()).device
+        """Where the network computes."""
+        return offload.computes_on(self.module)
 
     def example_inputs(self) -> Mapping[str, Any]:
         """Random inputs of the network's forward, the same at every call: one sample of a small picture."""
@@ -264,19 +264,23 @@ def inspect(folder: Folder, twin: nn.Module) -> tuple[str, ...]:
     return _explain_fused(folder, tuple(dict.fromkeys(weight_files.fused(names, twin).values())))
 
 
-def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
+def load(model: Model, device: str, folder: Folder | None = None, *, turns: bool = False) -> Pipeline:
     """Loads a pipeline onto a device.
 
     Args:
         model: which one, and in which dtype to compute.
         device: `auto`, `cpu`, `cuda`, ...
+        turns: keep its components in the CPU's memory, each but while it computes.
         folder: what `open_folder` found for this model, if that was asked already: a hub is not asked twice, nor
             are the hashes of a built-in pipeline checked twice.
 
     Raises:
-        CompressorError: if it cannot be found, its weights are missing, damaged or pickled, or the device is absent.
+        CompressorError: if it cannot be found, its weights are missing, damaged or pickled, or the device is absent,
+            or is the CPU, where none can take turns.
     """
     target = pick_device(device)
+    if turns and target.type == "cpu":
+        raise CompressorError("offload: model has no effect on the CPU: the model is there already; leave it out")
     folder = folder or open_folder(model)
     for name in folder.components:
         if not (folder.path / name).is_dir():
@@ -313,7 +317,10 @@ def load(model: Model, device: str, folder: Folder | None = None) -> Pipeline:
             raise CompressorError(
                 f"{folder.path / name}: its weights lack {len(missing)} of its tensors, first {missing[0]}"
             )
-    pipe.to(target)
+    if turns:
+        offload.take_turns([part for part in pipe.components.values() if isinstance(part, nn.Module)], target)
+    else:
+        pipe.to(target)
     module = getattr(pipe, folder.network)
     warnings = (*folder.warnings, *unfused)
     return Pipeline(pipe, folder, module, find_targets(module, folder.family), stored, dtype, warnings)

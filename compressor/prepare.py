@@ -165,7 +165,7 @@ def prepare(
             check_apart(planned)
             seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
         progress.say(f"loading {recipe.model.source}")
-        pipeline = pipelines.load(recipe.model, recipe.device, folder)
+        pipeline = pipelines.load(recipe.model, recipe.device, folder, turns=recipe.offload == "model")
         explained = (*explain_guidance(recipe, folder), *explain_left_out(planned), *explain_dense(recipe))
         warnings = (*pipeline.warnings, *explained)
         for warning in warnings:

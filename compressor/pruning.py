@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compressor import checkpoint
+from compressor import checkpoint, offload
 from compressor.calibration import Calibration
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
@@ -57,6 +57,7 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
     counts = {group.name: group.count for group in entry.removals}
     results: dict[str, LayerResult] = {}
     removed: dict[str, Removed] = {}
+    offload.bring(pipeline.module)
     start = time.perf_counter()
     with progress.task(f"pruning with {entry.name}", len(entry.calibrated)) as advance:
         for result in entry.pruner.prune(entry.component, calibration):

@@ -171,6 +171,10 @@ class Recipe(Options):
 
     model: Annotated[Model, _named("source")] = Field(description="the pipeline; a bare string is its source")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, ...")
+    offload: Literal["none", "model"] = Field(
+        default="none",
+        description="`model`: components wait in the CPU's memory, each but while it computes on the GPU",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the noise and of the choice of prompts")
     calibration: Calibration | None = Field(
         default=None, description="how the layers' inputs are gathered; may be left out if no pruner needs them"

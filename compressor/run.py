@@ -190,7 +190,8 @@ def _tell(facts: report.Report, pairs: Samples | None, output: Path) -> None:
 
 def _export(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress) -> tuple[report.ExportFacts, ...]:
     """Exports the result as reloaded from disk, so that what is exported is what was saved."""
-    saved = checkpoint.load(output, recipe.device, recipe.model.dtype)
+    device = "cpu" if recipe.offload == "model" else recipe.device
+    saved = checkpoint.load(output, device, recipe.model.dtype)
     exports = []
     for exporter in recipe.export:
         name = Choice("exporter").name(exporter)

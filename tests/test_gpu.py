@@ -11,9 +11,11 @@ from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.solver import factorise, relative_error, sweep
 from safetensors.torch import load_file
 
+from compressor import pipeline as pipelines
 from compressor import recipe, report
 from compressor.calibration.moments import Moments
 from compressor.progress import Progress
+from compressor.recipe import Model
 from compressor.run import run
 from tests import tiny
 
@@ -67,6 +69,27 @@ def test_heads_and_neurons_leave_in_half_precision_with_proof(kind: str, tmp_pat
     assert found.structure is not None
     assert found.sizes.after.parameters < found.sizes.before.parameters
     assert all(proof.layer_error <= proof.layer_tolerance for proof in found.structure.proofs)
+
+
+def test_components_that_take_turns_are_on_the_gpu_one_at_a_time(tmp_path: Path):
+    pipeline = pipelines.load(Model(source=str(tiny.folder("sd3"))), "cuda", turns=True)
+    parts = [part for part in pipeline.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    pipeline.pipe("a", num_inference_steps=2, height=tiny.SIDE, width=tiny.SIDE)
+    assert [part.device.type for part in parts if part is not pipeline.pipe.vae] == ["cpu"] * (len(parts) - 1)
+    assert pipeline.pipe.vae.device.type == "cuda"
+    assert pipeline.device.type == "cuda"
+    data = {
+        "model": str(tiny.folder("sd3")),
+        "device": "cuda",
+        "calibration": {"prompts": ["a", "b", "c d"], "steps": 3, "batch": 2, "packages": 2},
+        "prune": [{"obs_diff": {"sparsity": 0.5}}],
+        "report": {"images": 2, "steps": 2},
+    }
+    for way in ("none", "model"):
+        run(recipe.Recipe.model_validate(data | {"offload": way, "output": str(tmp_path / way)}), Progress())
+    files = [tmp_path / way / "transformer" / "diffusion_pytorch_model.safetensors" for way in ("none", "model")]
+    plain, turns = (load_file(file) for file in files)
+    assert all(torch.allclose(plain[name].float(), turns[name].float(), atol=1e-3) for name in plain)
 
 
 def test_a_whole_run_in_half_precision_keeps_its_promises(tmp_path: Path):

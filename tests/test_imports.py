@@ -15,7 +15,7 @@ FLOORS = (
     ("recipe",),
     ("prompts", "progress", "structure", "sparsity", "output"),
     ("shrunk", "two_four"),
-    ("weights", "rehearsal"),
+    ("weights", "rehearsal", "offload"),
     ("pipeline",),
     ("calibration", "checkpoint", "onnx_files", "report"),
     ("pictures", "measure"),

@@ -364,7 +364,7 @@ def test_an_override_replaces_what_the_file_says_and_its_mistakes_name_it():
         "--set calibration.step: calibration.step: unknown key; did you mean 'steps'?",
         "--set prune.0.obs_diff.sparsity: prune[0].obs_diff.sparsity: should be less than 1, found 60",
         "--set sed: sed: unknown key; did you mean 'seed'?",
-        "r.yaml:6: bad: unknown key; known: model, device, seed, calibration, prune, report, export, output",
+        "r.yaml:6: bad: unknown key; known: model, device, offload, seed, calibration, prune, report, export, output",
     ]
 
 
