@@ -27,7 +27,7 @@ class Traveller(nn.Linear):
         super().__init__(2, 2)
         self.place = "cpu"
 
-    def to(self, device: Any) -> Traveller:
+    def to(self, device: Any) -> Traveller:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.place = str(device)
         return self
 
