@@ -19,6 +19,7 @@ MODELS = {
 }
 """Pipeline class, config of the network and the side of a picture in pixels, by the first word of a recipe's name."""
 PURPOSES = ("unstructured-50", "2-4-tensorrt", "structured-20", "structured-30")
+BEST = [f"best-{family}" for family in MODELS]
 READY = [name for name in recipe.shipped() if not recipe.load(name).model.source.startswith("builtin:")]
 
 
@@ -28,12 +29,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: write(place / name, pipeline, config) for name, (pipeline, config, _) in MODELS.items()}
 
 
+def family_of(name: str) -> str:
+    return name.removeprefix("best-").partition("-")[0]
+
+
 def planned(name: str, folders: dict[str, Path]) -> Plan:
-    return plan(recipe.load(name, (f"model.source={folders[name.partition('-')[0]]}",)))
+    return plan(recipe.load(name, (f"model.source={folders[family_of(name)]}",)))
 
 
 def test_there_is_one_for_every_family_and_purpose():
-    assert {f"{family}-{purpose}" for family in MODELS for purpose in PURPOSES} <= set(READY)
+    assert {f"{family}-{purpose}" for family in MODELS for purpose in PURPOSES} | set(BEST) <= set(READY)
 
 
 @pytest.mark.parametrize("name", READY)
@@ -74,10 +79,19 @@ def test_a_ready_structured_recipe_removes_the_share_it_is_called_by_in_aligned_
     assert isinstance(getattr(options, "granularity", None), Structured)
 
 
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_recipes_name_what_the_readme_recommends(name):
+    pruner = recipe.load(name).prune[0].pruner
+    given = {key: getattr(pruner, key) for key in ("solver", "refit", "objective", "spread")}
+    assert given == {"solver": "admm", "refit": True, "objective": "network", "spread": 0.1}
+    readme = Path(__file__).parents[1] / "README.md"
+    assert "solver: admm, refit: true, objective: network, spread: 0.1}" in readme.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", READY)
 def test_a_ready_recipe_exports_pictures_of_the_size_that_the_model_draws(name):
     exporters = {type(exporter).__name__: exporter for exporter in recipe.load(name).export}
-    assert ("TensorRT" in exporters) == ("unstructured" not in name)
+    assert ("TensorRT" in exporters) == ("unstructured" not in name and name not in BEST)
     for profile in getattr(exporters.get("TensorRT"), "profiles", ()):
-        side = MODELS[name.partition("-")[0]][2]
+        side = MODELS[family_of(name)][2]
         assert {profile.height.opt, profile.width.opt} == {side}
