@@ -6,13 +6,15 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
 
 import click
+from rich.console import Console
 
 from compressor import prompts, recipe, registry
 from compressor.errors import CompressorError
@@ -35,7 +37,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CompressorError as error:
-            click.echo(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", err=True)
+            click.echo(_in_words(error), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
@@ -47,10 +49,22 @@ class Commands(click.Group):
             ctx.exit(1)
 
 
+def _in_words(error: CompressorError) -> str:
+    return f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}"
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="diffusion-compressor")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Makes text-to-image diffusion models smaller and faster in one shot, as a recipe says."""
+    if ctx.invoked_subcommand != "run" and _is_shared():
+        if os.environ["RANK"] != "0":
+            ctx.exit(0)  # rank 0 tells, and torchrun ends with its exit code
+        raise CompressorError(
+            f"{ctx.invoked_subcommand}: should be started as one process, found {os.environ['WORLD_SIZE']} under "
+            "torchrun; several may share a run"
+        )
 
 
 @main.command()
@@ -62,6 +76,11 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
 
     RECIPE is a YAML file, or the name of one that came with the package (see `compressor recipes`).
     """
+    if _is_shared():
+        with _importing():
+            from compressor import ranks
+
+        _run_shared(ranks, recipe_file, overrides, overwrite)
     loaded = recipe.load(recipe_file, overrides)
     output = Path(loaded.output)
     before = _stamp(output)
@@ -78,16 +97,76 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
     except (KeyboardInterrupt, Exception) as error:
         if not interrupts and not isinstance(error, KeyboardInterrupt):
             raise
-        if _stamp(output) != before:
-            kept = f"the pruned pipeline in {output} is complete; what was to follow is not"
-        elif before is not None:
-            kept = f"nothing new was kept; the earlier result in {output} is as it was"
-        else:
-            kept = "nothing was kept"
-        click.echo(f"\ninterrupted: {kept}", err=True)
+        click.echo(f"\ninterrupted: {_explain_kept(output, before)}", err=True)
         sys.exit(130)
+    _tell_result(output)
+
+
+def _tell_result(output: Path) -> None:
     click.echo(f"result: {output}")
     click.echo(f"report: {output / 'report.html'}")
+
+
+def _explain_kept(output: Path, before: int | None) -> str:
+    """What an interruption leaves, where the folder's stamp was as given."""
+    if _stamp(output) != before:
+        return f"the pruned pipeline in {output} is complete; what was to follow is not"
+    if before is not None:
+        return f"nothing new was kept; the earlier result in {output} is as it was"
+    return "nothing was kept"
+
+
+def _is_shared() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
+
+
+def _run_shared(ranks: ModuleType, recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> NoReturn:
+    """The same in one of several processes: whichever fails first tells why, and all end with its exit code."""
+    with _importing():
+        from compressor import quiet
+        from compressor.progress import Progress
+        from compressor.run import run as run_recipe
+
+        quiet.silence_libraries()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(1))  # so that what was begun is cleaned up
+    interrupts: list[int] = []
+    output, before = None, None
+    with ranks.joined() as shared:
+        code, words = 0, ""
+        try:
+            with _noting(interrupts):
+                loaded = recipe.load(recipe_file, overrides)
+                output = Path(loaded.output)
+                before = _stamp(output)
+                progress = Progress() if shared.first else Progress(Console(quiet=True))
+                run_recipe(loaded, progress, overwrite=overwrite, ranks=shared)
+            if shared.first:
+                _tell_result(output)
+        except BaseException as error:  # each has to be noted for the others, which might wait for ever
+            code, words = _explain_end(error, bool(interrupts), output, before)
+        if code:
+            if shared.fails(code):
+                click.echo(words, err=True)
+                shared.told()
+            else:
+                code = shared.code()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # torch's threads may wait for processes that are gone
+
+
+def _explain_end(error: BaseException, interrupted: bool, output: Path | None, before: int | None) -> tuple[int, str]:
+    """The exit code that an error comes to, and what is told of it."""
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        return 130, f"\ninterrupted: {_explain_kept(output, before) if output else 'nothing was begun'}"
+    if isinstance(error, SystemExit):
+        return 1, "error: this process was told to end"
+    if isinstance(error, CompressorError):
+        return 1, _in_words(error)
+    if isinstance(error, OSError):
+        return 1, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 @main.command()

@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from compressor import checkpoint, pictures, prompts
 from compressor import pipeline as pipelines
 from compressor.calibration import Calibration, sampling
 from compressor.errors import CompressorError
-from compressor.measure import Stopwatch
+from compressor.measure import Stopwatch, versions
 from compressor.output import claim
 from compressor.pipeline import Pipeline
 from compressor.plugin import Metric, Pruner, Samples
 from compressor.progress import Progress
+from compressor.ranks import ALONE, Ranks, fingerprint, sources
 from compressor.recipe import Recipe
-from compressor.registry import Choice, find, load
+from compressor.registry import KINDS, Choice, find, load
 from compressor.structure import (
     Component,
     Family,
@@ -95,6 +97,7 @@ class Prepared:
         prompts: what is drawn, dense and pruned.
         encoded: the same, as the network is given them.
         metrics: by name.
+        ranks: the processes that share the job; `encoded` are this one's prompts.
     """
 
     recipe: Recipe
@@ -108,17 +111,22 @@ class Prepared:
     prompts: tuple[str, ...]
     encoded: tuple[sampling.Encoded, ...]
     metrics: dict[str, Metric]
+    ranks: Ranks = ALONE
 
     def draw(self, progress: Progress, title: str) -> Drawn | None:
         """Draws every prompt with the network as it is now: images and final latents, or None if there is none."""
-        if not self.encoded:
+        if not self.prompts:
             return None
         recipe = self.recipe
         given, other = recipe.report, recipe.calibration
         height = given.height or (other.height if other else None)
         width = given.width or (other.width if other else None)
         settings = sampling.Settings(given.steps, given.guidance, height, width)
-        return pictures.draw(self.pipeline, self.encoded, settings, recipe.report.batch, progress, title)
+        drawn = None
+        if self.encoded:
+            drawn = pictures.draw(self.pipeline, self.encoded, settings, recipe.report.batch, progress, title)
+        every = [pair for pair in self.ranks.gather(drawn) if pair is not None]
+        return _merge([images for images, _ in every]), _merge([latents for _, latents in every])
 
     def pairs(self, dense: Drawn | None, pruned: Drawn | None) -> Samples | None:
         """What was drawn before and after, side by side."""
@@ -135,6 +143,7 @@ def prepare(
     *,
     overwrite: bool = False,
     alternatives: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Finds everything that could be wrong before anything slow is done, and loads the model.
 
@@ -145,6 +154,7 @@ def prepare(
         progress: told what is being done.
         overwrite: replace an output folder that is not an earlier result.
         alternatives: the entries of `prune` are tried one at a time, so that they may name the same layers.
+        ranks: the processes that share the job.
 
     Raises:
         CompressorError: for prompts, exporters, a model, layers or an output folder that do not fit.
@@ -155,7 +165,9 @@ def prepare(
         _check_installed(recipe)
         folder = pipelines.open_folder(recipe.model)
         check_exporters(recipe, folder)
-        claim(output, folder.path, overwrite)
+        ranks.agree(_what_decides(recipe) if ranks.count > 1 else {})
+        if ranks.first:
+            claim(output, folder.path, overwrite)
         twin = folder.twin()
         seen = trace_at(twin, recipe, folder)
         planned = enter(recipe, folder.network, twin, folder.family, seen)
@@ -165,19 +177,25 @@ def prepare(
             check_apart(planned)
             seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
         progress.say(f"loading {recipe.model.source}")
-        pipeline = pipelines.load(recipe.model, recipe.device, folder, turns=recipe.offload == "model")
+        device = ranks.device(recipe.device)
+        pipeline = pipelines.load(recipe.model, device, folder, turns=recipe.offload == "model")
         explained = (*explain_guidance(recipe, folder), *explain_left_out(planned), *explain_dense(recipe))
         warnings = (*pipeline.warnings, *explained)
         for warning in warnings:
             progress.say(f"warning: {warning}")
-        checkpoint.check_space(pipeline, output)
+        if ranks.first:
+            checkpoint.check_space(pipeline, output)
+        if ranks.count > 1:
+            weights = sum(fingerprint(tensor) for tensor in pipeline.module.state_dict().values())
+            ranks.agree({"the kind of device": pipeline.device.type, f"the weights of {recipe.model.source}": weights})
         entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family, seen)
     with watch.phase("encode"):
         length = recipe.calibration.max_sequence_length if recipe.calibration else None
-        encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures", length)
+        mine = ranks.mine(range(len(drawing)))
+        encoded = sampling.encode(pipeline, drawing, recipe.report.guidance, recipe.seed, "pictures", length, mine)
         calibration = None
         if calibrating and recipe.calibration is not None:
-            calibration = Calibration(pipeline, seen, recipe.calibration, calibrating, recipe.seed, progress)
+            calibration = Calibration(pipeline, seen, recipe.calibration, calibrating, recipe.seed, progress, ranks)
     return Prepared(
         recipe=recipe,
         pipeline=pipeline,
@@ -190,7 +208,23 @@ def prepare(
         prompts=drawing,
         encoded=tuple(encoded),
         metrics=metrics,
+        ranks=ranks,
     )
+
+
+def _what_decides(recipe: Recipe) -> dict[str, object]:
+    """What has to be the same in all processes for their results to fit together, in words."""
+    plugins = {entry.module.split(".")[0] for kind in KINDS for entry in find(kind).values()}
+    return {
+        **{f"{key} of the recipe": value for key, value in recipe.dump().items()},
+        **{f"the version of {name}": version for name, version in versions().items()},
+        **sources(["compressor", *sorted(plugins - {"compressor"})]),
+    }
+
+
+def _merge(shares: list[Tensor]) -> Tensor:
+    """What several processes drew, in the order of the prompts: each drew every so manieth."""
+    return torch.stack([shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))])
 
 
 def explain_guidance(recipe: Recipe, folder: pipelines.Folder) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from compressor.pipeline import Pipeline
 from compressor.plugin import LayerResult, Removed
 from compressor.prepare import Entry
 from compressor.progress import Progress
+from compressor.ranks import ALONE, Ranks, fingerprint
 from compressor.report import GroupRow, LayerRow
 from compressor.structure import Group, Proof, Target, shrink
 
@@ -38,7 +39,9 @@ class Pruned:
     seconds: float
 
 
-def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, progress: Progress) -> Pruned:
+def prune(
+    entry: Entry, pipeline: Pipeline, calibration: Calibration | None, progress: Progress, ranks: Ranks = ALONE
+) -> Pruned:
     """Prunes the layers of one entry in place and rounds the network to the dtype that it will be saved in.
 
     Args:
@@ -46,6 +49,7 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
         pipeline: whose network is changed.
         calibration: for pruners that ask for one.
         progress: shows a bar.
+        ranks: the processes that share the job; all of them end with the same network.
 
     Raises:
         CompressorError: if the pruner fails, leaves a layer or a group out, leaves a weight that is not finite, makes
@@ -66,6 +70,10 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
             else:
                 advance(result.name not in results)
                 results[result.name] = result
+        if ranks.count > 1:
+            own = len(results)
+            _merge(entry, calibration, results, removed, ranks)
+            advance(len(results) - own)
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     seconds = time.perf_counter() - start
@@ -92,6 +100,39 @@ def prune(entry: Entry, pipeline: Pipeline, calibration: Calibration | None, pro
         proof=proof,
         seconds=seconds,
     )
+
+
+def _merge(
+    entry: Entry,
+    calibration: Calibration | None,
+    results: dict[str, LayerResult],
+    removed: dict[str, Removed],
+    ranks: Ranks,
+) -> None:
+    """Brings together what all processes found and made; of a layer that none was given, what rank 0 made."""
+    owners = calibration.owners if calibration is not None else {}
+    groups = {group.name: group for group in entry.removals}
+    units = {name: found.units for name, found in removed.items()}
+    every = ranks.gather((dict(results), units))
+    results.clear()
+    removed.clear()
+    for found, gone in reversed(every):  # the first one counts
+        results.update(found)
+        removed.update({name: Removed(groups[name], indices) for name, indices in gone.items() if name in groups})
+    ranks.meet()
+    for target in entry.layers:
+        ranks.send(target.module, owners.get(target.name, 0))
+    if calibration is not None:
+        calibration.owners.clear()
+    module = entry.component.module
+    sums = {name: fingerprint(tensor) for name, tensor in module.state_dict().items()}
+    for other in ranks.gather(sums):
+        for name, value in sums.items():
+            if other[name] != value:
+                raise CompressorError(
+                    f"{entry.where}: pruner '{entry.name}' has changed {name}, which is not among its layers, "
+                    "differently in every process; nothing was kept"
+                )
 
 
 def _check_results(entry: Entry, results: Mapping[str, LayerResult], removed: Mapping[str, Removed]) -> None:

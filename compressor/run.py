@@ -14,17 +14,19 @@ from compressor.plugin import Samples
 from compressor.prepare import Prepared, prepare
 from compressor.progress import Progress
 from compressor.pruning import Pruned, prune
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import Recipe
 from compressor.registry import Choice
 
 
-def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
+def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False, ranks: Ranks = ALONE) -> Path:
     """Does what a recipe says.
 
     Args:
         recipe: checked.
         progress: told what is being done.
         overwrite: replace an output folder that is not an earlier result.
+        ranks: the processes that share the job, of which rank 0 writes.
 
     Returns:
         The folder of the result: the pruned pipeline, `compression.json`, `report.json`, `report.html`, and one folder
@@ -35,7 +37,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
     """
     watch = Stopwatch()
     output = Path(recipe.output)
-    job = prepare(recipe, output, watch, progress, overwrite=overwrite)
+    job = prepare(recipe, output, watch, progress, overwrite=overwrite, ranks=ranks)
     pipeline = job.pipeline
     weights = job.pipeline.folder.path / pipeline.component_name
     with watch.phase("measure"):
@@ -46,12 +48,16 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
     done: list[Pruned] = []
     for entry in job.entries:
         with watch.phase("check"):
-            done.append(prune(entry, pipeline, job.calibration, progress))
+            done.append(prune(entry, pipeline, job.calibration, progress, ranks))
     rows = tuple(row for pruned in done for row in pruned.layers)
     _split(watch, done, job)
 
     with watch.phase("draw"):
         pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
+    processes, peaks = ranks.count, ranks.gather(measure.peak_memory())
+    ranks.leave()
+    if not ranks.first:
+        return output
     with watch.phase("save"):
         progress.say(f"saving to {output}")
         checkpoint.save(pipeline, output, _record(recipe, pipeline.component_name, rows))
@@ -59,16 +65,32 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Path:
         figures, notes = report.measure(job.metrics, pairs) if pairs else ({}, ())
         after = measure.size(pipeline.module, job.trace_after, output / pipeline.component_name)
     facts = _facts(job, done, report.Sizes(before, after), watch, figures, notes)
+    if processes > 1:
+        facts = replace(
+            facts,
+            device=f"{facts.device}, {processes} processes",
+            peak_memory=_most(*peaks, facts.peak_memory),
+        )
     _tell(facts, pairs, output)
 
     if recipe.export:
         exports = _export(recipe, output, watch, progress)
-        facts = replace(facts, exports=exports, times=dict(watch.seconds), peak_memory=measure.peak_memory())
+        facts = replace(
+            facts,
+            exports=exports,
+            times=dict(watch.seconds),
+            peak_memory=_most(facts.peak_memory, measure.peak_memory()),
+        )
         _tell(facts, pairs, output)
     told = {*job.warnings, *(job.calibration.facts.warnings if job.calibration else [])}
     for warning in (text for text in facts.warnings if text not in told):
         progress.say(f"warning: {warning}")
     return output
+
+
+def _most(*peaks: dict[str, int]) -> dict[str, int]:
+    """The most of each kind of memory that any process had at any time."""
+    return {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}
 
 
 def _split(watch: Stopwatch, done: list[Pruned], job: Prepared) -> None:

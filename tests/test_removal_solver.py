@@ -383,3 +383,37 @@ def test_a_refit_of_any_columns_is_least_squares():
     found = refit(stream(weight_OI, x_TI), [1, 4, 5], DAMPING)
     expected_OK, _ = least_squares(weight_OI, damped(x_TI), [1, 4, 5])
     torch.testing.assert_close(found.weight_OK, expected_OK, rtol=1e-9, atol=1e-9)
+
+
+def test_the_order_of_summation_may_move_the_bias_of_an_almost_constant_input_and_hardly_its_outputs():
+    """Subtracting the mean leaves little of float32 sums; what is lost moves weights that no token asks for."""
+    random = torch.Generator().manual_seed(0)
+    inputs, outputs = 16, 16
+    mean_I = torch.randn(inputs, generator=random, dtype=torch.float64)
+    reach_I = 0.15 * torch.logspace(0, -2, inputs, dtype=torch.float64)
+    x_TI = (mean_I + reach_I * torch.randn(3264, inputs, generator=random, dtype=torch.float64)).float()
+    weight_OI, bias_O = weights(outputs, inputs, 1), torch.randn(outputs, generator=random, dtype=torch.float64)
+    columns = list(range(0, inputs, 2))
+
+    def fitted(x_TI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        second_II, total_I = (torch.zeros(*[inputs] * n, dtype=dtype) for n in (2, 1))
+        for part_TI in x_TI.to(dtype).split(544):
+            second_II.addmm_(part_TI.T, part_TI)
+            total_I += part_TI.sum(0)
+        found = refit(
+            Stream("to_add_out", weight_OI.double(), second_II, bias_O, total_I, float(len(x_TI))), columns, DAMPING
+        )
+        assert found.bias_O is not None
+        return found.weight_OK, found.bias_O, found.error
+
+    exact, one, other = (
+        fitted(x_TI, torch.float64),
+        fitted(x_TI, torch.float32),
+        fitted(x_TI[torch.randperm(len(x_TI), generator=random)], torch.float32),
+    )
+    energy = (x_TI.double() @ weight_OI.double().T).square().sum()
+    for a, b in ((one, other), (one, exact), (other, exact)):
+        difference_TO = x_TI[:, columns].double() @ (a[0] - b[0]).T + (a[1] - b[1])
+        assert difference_TO.square().sum() < 1e-8 * energy
+        assert a[2] == pytest.approx(b[2], rel=1e-2)
+    assert (one[1] - other[1]).abs().max() > 1e-4

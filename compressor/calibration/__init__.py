@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compressor.calibration import gradients, sampling
 from compressor.calibration.moments import Moments
-from compressor.calibration.packages import Group, Package, cut
+from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
 from compressor.plugin import MomentKind, Schedule, Weighting
 from compressor.progress import Progress
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import Calibration as Options
 from compressor.structure import Target, Trace
+
+T = TypeVar("T")
 
 __all__ = ["Calibration", "Facts", "Group", "Moments", "Package", "StepCounter"]
 
@@ -117,7 +121,8 @@ class Calibration:
     """The pipeline, its prompts and their noise, ready to be sampled once for each package.
 
     Attributes:
-        facts: what was done so far.
+        facts: what was done so far, by all processes together.
+        owners: where several processes share the layers, the rank that prunes each, by name.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Calibration:
         prompts: Sequence[str],
         seed: int,
         progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._pipeline = pipeline
         self._trace = trace
@@ -135,36 +141,66 @@ class Calibration:
         self._progress = progress
         self._token_seed = sampling.noise_seed(seed, "tokens", 0)
         self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
+        self._prompts = len(prompts)
+        self._ranks = ranks
+        if self._prompts < ranks.count:
+            raise CompressorError(
+                f"calibration: there should be a prompt for each of {ranks.count} processes, found {self._prompts}; "
+                "start fewer processes"
+            )
+        starts = range(0, self._prompts, options.batch)  # whole batches are dealt, so that each is as it would be alone
+        self._places = [
+            i for start in ranks.mine(starts) for i in range(start, min(start + options.batch, self._prompts))
+        ]
         self._encoded = sampling.encode(
-            pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length
+            pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length, self._places
         )
+        self._changing: list[tuple[Target, int]] = []
+        self.owners: dict[str, int] = {}
         self.start_over()
 
     def start_over(self) -> None:
         """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
-        options, prompts = self._options, len(self._encoded)
+        options, prompts = self._options, self._prompts
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
             self._warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
+        batches = math.ceil(prompts / options.batch)
+        if batches < self._ranks.count:
+            self._warn(
+                f"{self._ranks.count} processes share {batches} batches of up to {options.batch} prompts: some have "
+                "nothing to sample; a smaller calibration.batch would give all of them some"
+            )
 
-    def packages(self, targets: Iterable[Target], kind: MomentKind) -> tuple[Package, ...]:
+    def packages(self, targets: Iterable[Target], kind: MomentKind, *, deal_out: bool = False) -> tuple[Package, ...]:
         """Cuts layers into packages as the recipe says, and warns of those that will see too few tokens.
 
         Args:
             targets: in order of execution.
             kind: which moments will be collected.
+            deal_out: where several processes share the job, each is given layers of its own in every package; a pruner
+                may ask for it that looks at one unit of layers at a time. Else each prunes all, as rank 0 does.
 
         Raises:
             CompressorError: if they cannot be cut so.
         """
         targets = tuple(targets)
         packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
+        self.owners = {}
         if kind in ("second", "gradients"):
             guided = sampling.guided(self._pipeline.folder, self._options.guidance)
             options = self._options
-            note = explain_rank(targets, self._trace, len(self._encoded), options.steps, guided, options.tokens)
+            note = explain_rank(targets, self._trace, self._prompts, options.steps, guided, options.tokens)
             if note:
                 self._warn(note)
+        if deal_out and self._ranks.count > 1:
+            packages = tuple(deal(package, self._ranks.rank, self._ranks.count) for package in packages)
+            self.owners = {
+                target.name: owner
+                for package in packages
+                for group, owner in zip(package.every, package.owners, strict=True)
+                for target in group.targets
+            }
         return packages
 
     @torch.no_grad()
@@ -185,7 +221,9 @@ class Calibration:
         """
         if self._pipeline.device.type == "cuda":
             torch.cuda.synchronize(self._pipeline.device)  # what the pruner has left to do is not sampling
+        self._exchange()
         start = time.perf_counter()
+        forwards = self.facts.forwards
         meter = Meter(self._pipeline.device)
         while True:
             try:
@@ -195,29 +233,81 @@ class Calibration:
                 if not sampling.out_of_memory(error):
                     raise
                 self._halve_batch(package, error)
+        self._share(package, moments)
+        self._settle(forwards)
         self.facts.packages += 1
         self.facts.seconds += time.perf_counter() - start
         self.facts.moment_seconds += meter.seconds
         self.facts.moment_bytes = max(self.facts.moment_bytes, package.moment_bytes)
-        for group in package.groups:
+        for group in package.every or package.groups:
             self._account(group, moments[group.name])
-        return moments
+        return {group.name: moments[group.name] for group in package.groups}
+
+    def gather(self, thing: T) -> list[T]:
+        """What each of the processes that share the job has found, for pruners that weigh layers against each other.
+
+        Args:
+            thing: plain data or tensors on the CPU.
+
+        Returns:
+            What every process gave, in the same order for all; `[thing]` where there is one process.
+        """
+        return self._ranks.gather(thing)
+
+    def _exchange(self) -> None:
+        """Brings what other processes have made of the package before; where it was not dealt out, what rank 0 has."""
+        if self._changing:
+            self._ranks.meet()
+            for target, owner in self._changing:
+                self._ranks.send(target.module, owner)
+            self._changing.clear()
+
+    def _share(self, package: Package, moments: dict[str, Moments]) -> None:
+        """Sums the moments over all processes; the large ones for whoever needs them, and in place."""
+        if self._ranks.count == 1:
+            return
+        self._ranks.meet()
+        groups = package.every or package.groups
+        for group, owner in zip(groups, package.owners or (None,) * len(groups), strict=True):
+            found = moments[group.name]
+            for each in (found, *found.gradients.values()):
+                for tensor in (each.squares_I, each.total_I, each.tokens, each.skipped, each.weight):
+                    self._ranks.add(tensor)
+                if each.second_II is not None:
+                    self._ranks.add(each.second_II, owner)
+                    if owner not in (None, self._ranks.rank):
+                        each.second_II = None
+            self._changing += [(target, owner or 0) for target in group.targets]
+
+    def _settle(self, before: int) -> None:
+        """Counts what all processes did together."""
+        if self._ranks.count == 1:
+            return
+        found = self._ranks.gather((self.facts.forwards - before, self.facts.batch))
+        self.facts.forwards = before + sum(forwards for forwards, _ in found)
+        batch = min(batch for _, batch in found)
+        if batch < self.facts.batch:
+            self._warn(f"memory ran out for another process: calibration goes on with a batch of {batch}")
+        self.facts.batch = batch
 
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
         device = self._pipeline.device
-        moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in package.groups}
+        moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in package.every or package.groups}
         if kind == "gradients":
-            for g in package.groups:
+            for g in package.every or package.groups:
                 moments[g.name].gradients = {t.name: Moments.empty(t.outputs, True, device) for t in g.targets}
         batch = self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
+        tokens = Tokens(self._options.tokens, self._token_seed)
         with (
-            self._hooks(package, moments, weighting, meter),
-            self._gradients(package, moments),
+            self._hooks(package, moments, weighting, meter, tokens),
+            self._gradients(package, moments) as next_batch,
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):
                 prompts = self._encoded[start : start + batch]
+                tokens.next_batch(self._places[start])
+                next_batch(self._places[start])
                 sampling.sample(self._pipeline, prompts, self._settings, "latent")
                 meter.settle()
                 advance(len(prompts))
@@ -225,7 +315,7 @@ class Calibration:
 
     @contextmanager
     def _hooks(
-        self, package: Package, moments: dict[str, Moments], weighting: Weighting, meter: Meter
+        self, package: Package, moments: dict[str, Moments], weighting: Weighting, meter: Meter, tokens: Tokens
     ) -> Iterator[None]:
         """While it lasts, every forward of the network adds to the moments."""
         network = self._pipeline.module
@@ -233,7 +323,6 @@ class Calibration:
         counter: StepCounter | None = None
         weights: tuple[float, ...] = ()
         weight = 0.0
-        tokens = Tokens(self._options.tokens, self._token_seed)
 
         def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal counter, weight, weights
@@ -255,8 +344,9 @@ class Calibration:
 
             return hook
 
+        groups = package.every or package.groups
         handles = [network.register_forward_pre_hook(before_network, with_kwargs=True)]
-        handles += [g.targets[0].module.register_forward_pre_hook(before_layer(g)) for g in package.groups]
+        handles += [g.targets[0].module.register_forward_pre_hook(before_layer(g)) for g in groups]
         try:
             yield
         finally:
@@ -264,14 +354,18 @@ class Calibration:
                 handle.remove()
 
     @contextmanager
-    def _gradients(self, package: Package, moments: dict[str, Moments]) -> Iterator[None]:
-        """While it lasts, every forward of the network adds to the gradients' moments, where there are any."""
+    def _gradients(self, package: Package, moments: dict[str, Moments]) -> Iterator[Callable[[int], object]]:
+        """While it lasts, forwards of the network add to the gradients' moments, where there are any.
+
+        What it gives is to be called before every batch with the number of its first prompt.
+        """
         sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
-        targets = [target for group in package.groups for target in group.targets]
+        targets = [target for group in package.every or package.groups for target in group.targets]
         with ExitStack() as stack:
             if sums:
-                stack.enter_context(gradients.watch(self._pipeline.module, targets, sums))
-            yield
+                yield stack.enter_context(gradients.watch(self._pipeline.module, targets, sums))
+            else:
+                yield lambda _prompt: None
 
     def _warn(self, text: str) -> None:
         """Tells the user at once, and again in the report."""

@@ -29,11 +29,12 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 @contextmanager
-def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments]) -> Iterator[None]:
+def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments]) -> Iterator[Callable[[int], None]]:
     """While it lasts, some calls of the network are differentiated, and add to the moments of their layers' gradients.
 
     Only what runs after the first of the layers is recorded for it. The calls are chosen at random, but the first one,
-    and so is the noise; both are the same every time.
+    and so is the noise; both are the same every time. What it gives is to be called before every batch with the number
+    of its first prompt, which decides both: whoever samples the batch, and whatever was sampled before.
 
     Args:
         network: called without gradients, as pipelines do.
@@ -44,6 +45,11 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
     kernels = ExitStack()
     outputs: dict[str, Tensor] = {}
     differentiated, first = False, True
+
+    def next_batch(prompt: int) -> None:
+        nonlocal first
+        generator.manual_seed(prompt)
+        first = prompt == 0
 
     def before_network(*_: Any) -> None:
         nonlocal differentiated, first
@@ -83,7 +89,7 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        yield
+        yield next_batch
     finally:
         kernels.close()
         for handle in handles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from compressor.errors import CompressorError
@@ -41,12 +41,16 @@ class Package:
         count: of how many packages.
         groups: in order of execution.
         moment_bytes: what the moments of all groups take together.
+        every: where several processes share the layers, the groups of all of them; `groups` are this one's.
+        owners: the rank that prunes each of these.
     """
 
     number: int
     count: int
     groups: tuple[Group, ...]
     moment_bytes: int
+    every: tuple[Group, ...] = ()
+    owners: tuple[int, ...] = ()
 
 
 def cut(
@@ -112,3 +116,37 @@ def _bytes(targets: list[Target], trace: Trace, kind: MomentKind) -> int:
     if kind == "gradients":
         widths += [target.outputs for target in targets]
     return sum(4 * width * (2 if kind == "norms" else width + 2) for width in widths)
+
+
+def deal(package: Package, rank: int, count: int) -> Package:
+    """Shares a package's layers out among processes: the costliest first, each to whoever has least to do so far.
+
+    Layers that run side by side (a unit) stay together, and so do layers that read the same input.
+
+    Args:
+        package: whole.
+        rank: of this process.
+        count: of processes.
+    """
+    sets: list[tuple[set[tuple[str, int]], list[int]]] = []
+    for i, group in enumerate(package.groups):
+        units = {target.unit for target in group.targets}
+        members = [i]
+        for found in [found for found in sets if found[0] & units]:
+            units, members = units | found[0], found[1] + members
+            sets.remove(found)
+        sets.append((units, members))
+    loads, owners = [0] * count, [0] * len(package.groups)
+    costs = {tuple(members): sum(_cost(package.groups[i]) for i in members) for _, members in sets}
+    for members, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):
+        owner = loads.index(min(loads))
+        loads[owner] += cost
+        for i in members:
+            owners[i] = owner
+    mine = tuple(group for group, owner in zip(package.groups, owners, strict=True) if owner == rank)
+    return replace(package, groups=mine, every=package.groups, owners=tuple(owners))
+
+
+def _cost(group: Group) -> int:
+    """Of solving a group, in multiply-adds as they grow: one factorisation, and a sweep for each layer."""
+    return group.inputs**3 + sum(target.outputs * target.inputs**2 for target in group.targets)

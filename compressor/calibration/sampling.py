@@ -50,6 +50,7 @@ def encode(
     seed: int,
     use: str,
     max_sequence_length: int | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[Encoded]:
     """Encodes prompts with the pipeline's own text encoders, once.
 
@@ -60,9 +61,12 @@ def encode(
         seed: the recipe's; prompt number i has noise of its own, decided by seed, use and i.
         use: keeps the noises of calibration and of pictures apart.
         max_sequence_length: tokens of the T5 encoder's part, for pipelines that have one; None for their default.
+        places: which of the prompts to encode, by number, in that order; all if None.
     """
     known = pipeline.folder.prompting
-    seeds = [noise_seed(seed, use, i) for i in range(len(prompts))]
+    places = range(len(prompts)) if places is None else places
+    seeds = [noise_seed(seed, use, i) for i in places]
+    prompts = [prompts[i] for i in places]
     if known is None:
         return [Encoded(prompt, s, {}) for prompt, s in zip(prompts, seeds, strict=True)]
     arguments = {"device": pipeline.device, "num_images_per_prompt": 1, **known.arguments}

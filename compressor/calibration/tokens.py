@@ -18,8 +18,13 @@ class Tokens:
 
     def __init__(self, share: float, seed: int) -> None:
         self._share = share
+        self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._places: dict[tuple[int, int], Tensor] = {}
+
+    def next_batch(self, prompt: int) -> None:
+        """From now on it is drawn for a batch that begins with that prompt: the same whatever was drawn before."""
+        self._generator.manual_seed((self._seed + prompt) % 2**32)
 
     def next_forward(self) -> None:
         """From now on other tokens are drawn."""

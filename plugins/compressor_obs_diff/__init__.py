@@ -155,7 +155,7 @@ class OBSDiff(Pruner):
         assert calibration is not None
         removals = {group: count for group, count in self.removals(component).items() if count}
         layers = consumers(removals) or component.targets
-        packages = calibration.packages(layers, self.moments)
+        packages = calibration.packages(layers, self.moments, deal_out=True)
         zeros: dict[str, int] | None = None
         moments: dict[str, Moments] = {}
         if self.spread:
@@ -164,7 +164,7 @@ class OBSDiff(Pruner):
                 moments.clear()
                 moments = calibration.collect(package, self.moments, self.weighting)
                 found += parts(self, package, moments)
-            zeros = allocate(found)
+            zeros = allocate([part for share in calibration.gather(found) for part in share])
         for package in packages:
             if not (self.spread and package is packages[0]):
                 moments = calibration.collect(package, self.moments, self.weighting)

@@ -14,7 +14,7 @@ is convex, and least where one zero more would cost the same in every layer, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,7 +82,7 @@ def parts(options: OBSDiff, package: Package, moments: dict[str, Moments]) -> li
     return found
 
 
-def allocate(layers: Sequence[Part]) -> dict[str, int]:
+def allocate(layers: Iterable[Part]) -> dict[str, int]:
     """How many zeros each layer is given, so that they harm the least.
 
     Args:
@@ -92,6 +92,7 @@ def allocate(layers: Sequence[Part]) -> dict[str, int]:
     Returns:
         Numbers by name, with the sum of all `zeros`.
     """
+    layers = sorted(layers, key=lambda layer: layer.name)  # who found them decides nothing
     weights_L = torch.tensor([layer.weights for layer in layers], dtype=torch.float64)
     zeros_L = torch.tensor([layer.zeros for layer in layers], dtype=torch.float64)
     least_L = torch.tensor([layer.least for layer in layers], dtype=torch.float64)

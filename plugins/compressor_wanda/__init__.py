@@ -66,7 +66,7 @@ class Wanda(Pruner):
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""
         assert calibration is not None
-        for package in calibration.packages(component.targets, self.moments):
+        for package in calibration.packages(component.targets, self.moments, deal_out=True):
             moments = calibration.collect(package, self.moments, self.weighting)
             for group in package.groups:
                 norm_I = moments.pop(group.name).squares_I.sqrt()
