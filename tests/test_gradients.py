@@ -10,8 +10,8 @@ import torch
 from compressor_obs_diff.weightings import LogDecrease
 from torch import Tensor, nn
 
-from compressor.calibration import gradients
-from compressor.calibration.moments import Moments
+from compressor.calibration import curvature, gradients
+from compressor.calibration.curvature import Gradients, blocks_of
 from compressor.structure import Target
 from tests import tiny
 
@@ -36,9 +36,9 @@ def targets_of(network: Two) -> list[Target]:
     return [dataclasses.replace(known, name=name, module=layer) for name, layer in layers.items()]
 
 
-def gather(network: Two, calls: int, tokens: int) -> dict[str, Moments]:
+def gather(network: Two, calls: int, tokens: int) -> dict[str, Gradients]:
     targets = targets_of(network)
-    sums = {target.name: Moments.empty(target.outputs, True, torch.device("cpu")) for target in targets}
+    sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
     with torch.no_grad(), gradients.watch(network, targets, sums):
         for call in range(calls):
             x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(call))
@@ -47,9 +47,9 @@ def gather(network: Two, calls: int, tokens: int) -> dict[str, Moments]:
     return sums
 
 
-def mean(sums: Moments) -> Tensor:
-    assert sums.second_II is not None
-    return sums.second_II / sums.tokens
+def mean(sums: Gradients) -> Tensor:
+    (second_OO,) = sums.second_BKK
+    return second_OO / sums.tokens
 
 
 def test_they_are_what_the_jacobian_says():
@@ -70,6 +70,31 @@ def test_a_quarter_of_the_calls_and_always_the_first_are_differentiated_and_the_
     assert torch.equal(mean(first["first"]), mean(again["first"]))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "blocks"), [(640, 1), (2048, 1), (2432, 2), (3072, 2), (5120, 4), (6144, 3), (10240, 5), (12288, 6)]
+)
+def test_the_outputs_of_a_wide_layer_are_cut_into_as_few_equal_blocks_as_can_be(outputs, blocks):
+    assert blocks_of(outputs) == (blocks, outputs // blocks)
+
+
+def test_blocks_are_those_of_the_whole_matrix(monkeypatch):
+    g_TO = torch.randn(2, 50, 12, generator=torch.Generator().manual_seed(0))
+    g_TO[1, 7, 3] = torch.inf
+    whole = Gradients.empty(12, torch.device("cpu"))
+    monkeypatch.setattr(curvature, "BLOCK", 5)
+    cut = Gradients.empty(12, torch.device("cpu"))
+    for sums in (whole, cut):
+        sums.add(g_TO)
+        sums.add(g_TO)
+    assert cut.second_BKK.shape == (3, 4, 4)
+    for b in range(3):
+        block = slice(4 * b, 4 * b + 4)
+        torch.testing.assert_close(cut.second_BKK[b], whole.second_BKK[0, block, block])
+    finite_TO = torch.cat([g_TO[0], g_TO[1, :7], g_TO[1, 8:]])
+    torch.testing.assert_close(whole.second_BKK[0], 2 * finite_TO.T @ finite_TO)
+    assert (int(cut.tokens), int(cut.skipped)) == (198, 2)
+
+
 class Interrupted(Exception):
     """Comes from within a forward."""
 
@@ -79,7 +104,7 @@ def test_nothing_is_left_behind(breaks):
     network = Two()
     network.idle.requires_grad_(False)
     targets = targets_of(network)
-    sums = {target.name: Moments.empty(target.outputs, True, torch.device("cpu")) for target in targets}
+    sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
 
     def fail(*_: Any) -> None:
         if breaks:
@@ -114,7 +139,7 @@ def test_gathering_them_changes_nothing_else_that_is_gathered(kind):
         assert not plain.gradients
         for layer, sums in other.gradients.items():
             outputs = dict(loaded.module.named_modules())[layer].out_features
-            assert sums.second_II.shape == (outputs, outputs)
+            assert sums.second_BKK.shape == (1, outputs, outputs)
             assert 0 < int(sums.tokens) < int(plain.tokens)
             assert int(sums.skipped) == 0
-    assert any(sums.second_II.any() for m in found["gradients"].values() for sums in m.gradients.values())
+    assert any(sums.second_BKK.any() for m in found["gradients"].values() for sums in m.gradients.values())

@@ -76,7 +76,7 @@ def _plain(name: str, moments: Moments) -> Found:
     sums = ("squares_I", "total_I", "second_II", "tokens", "skipped", "weight")
     found = {name: {each: getattr(moments, each) for each in sums}}
     for target, other in moments.gradients.items():
-        found |= _plain(f"gradients of {target}", other)
+        found[f"gradients of {target}"] = {each: getattr(other, each) for each in ("second_BKK", "tokens", "skipped")}
     return found
 
 

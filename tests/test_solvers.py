@@ -141,7 +141,7 @@ def test_with_a_metric_of_the_outputs_the_refit_is_the_least_squares_of_all_rows
     outputs_OO = metric(5, seed)
     removed_OI = torch.rand(5, 12, generator=torch.Generator().manual_seed(seed)) < 0.6
     removed_OI[1] = True
-    fitted = fit(weight_OI, hessian_II, removed_OI, outputs_OO=outputs_OO)
+    fitted = fit(weight_OI, hessian_II, removed_OI, metric_BKK=outputs_OO[None])
     assert fitted.residual <= TOLERANCE
     expected = best_in(outputs_OO, weight_OI, hessian_II, removed_OI)
     torch.testing.assert_close(fitted.weight_OI, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
@@ -167,7 +167,7 @@ def test_in_a_metric_of_the_outputs_admm_comes_near_the_best_of_all_masks(granul
                 continue
             new_OI = best_in(outputs_OO, weight_OI, hessian_II, removed_OI)
             best = min(best, loss_in(outputs_OO, weight_OI, new_OI, hessian_II))
-        for name, given in (("with", outputs_OO), ("without", None)):
+        for name, given in (("with", outputs_OO[None]), ("without", None)):
             sparse_OI, removed_OI = admm.choose(weight_OI, hessian_II, granularity, share, given)
             assert int(removed_OI.sum()) == inputs
             assert not sparse_OI[removed_OI].any()
@@ -183,9 +183,23 @@ def test_a_metric_in_which_all_outputs_count_the_same_changes_nothing():
     weight_OI, hessian_II = problem(6, 16, 0)
     same_OO = 7 * torch.eye(6, dtype=torch.float64)
     plain_OI, removed_OI = admm.choose(weight_OI, hessian_II, Unstructured(), 0.5)
-    found_OI, chosen_OI = admm.choose(weight_OI, hessian_II, Unstructured(), 0.5, same_OO)
+    found_OI, chosen_OI = admm.choose(weight_OI, hessian_II, Unstructured(), 0.5, same_OO[None])
     assert torch.equal(removed_OI, chosen_OI)
     torch.testing.assert_close(found_OI, plain_OI)
+
+
+@pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4)], ids=str)
+def test_blocks_of_a_metric_are_what_the_whole_matrix_is_with_zeros_between_them(granularity):
+    share = 0.5 if granularity.needs_sparsity else None
+    weight_OI, hessian_II = problem(6, 16, 0)
+    blocks_BKK = torch.stack([metric(3, 0), 5 * metric(3, 1)])
+    whole_BKK = torch.block_diag(*blocks_BKK)[None]
+    found = [admm.choose(weight_OI, hessian_II, granularity, share, given) for given in (blocks_BKK, whole_BKK)]
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0])
+    fitted = [fit(weight_OI, hessian_II, found[0][1], metric_BKK=given) for given in (blocks_BKK, whole_BKK)]
+    torch.testing.assert_close(fitted[0].weight_OI, fitted[1].weight_OI, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found[0][1], admm.choose(weight_OI, hessian_II, granularity, share)[1])
 
 
 @pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4), NM(keep=1, of=4)], ids=str)

@@ -95,11 +95,10 @@ def test_where_no_weight_can_make_up_for_another_harm_is_a_sum_over_the_cheapest
     gathered.second_II = torch.diag(second_I)
     (found, *_) = parts(pruner, dataclasses.replace(package, groups=(group,)), moments)
     gradients = gathered.gradients[target.name]
-    assert gradients.second_II is not None
     weight_OI = target.module.weight.detach()
     costs = []
     for o in range(target.outputs):
-        slope = gradients.second_II[o, o] / gradients.tokens
+        slope = gradients.second_BKK[0, o, o] / gradients.tokens
         costs += [float(slope * weight_OI[o, i] ** 2 * second_I[i]) for i in range(target.inputs)]
     expected = sum(sorted(costs)[: found.zeros]) * float(gathered.tokens / gathered.weight)
     assert found.harm == pytest.approx(expected, rel=1e-4)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import gradients, sampling
+from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.timing import Meter
@@ -29,7 +30,7 @@ from compressor.structure import Target, Trace
 
 T = TypeVar("T")
 
-__all__ = ["Calibration", "Facts", "Group", "Moments", "Package", "StepCounter"]
+__all__ = ["Calibration", "Facts", "Gradients", "Group", "Moments", "Package", "StepCounter"]
 
 
 @dataclass
@@ -270,13 +271,15 @@ class Calibration:
         groups = package.every or package.groups
         for group, owner in zip(groups, package.owners or (None,) * len(groups), strict=True):
             found = moments[group.name]
-            for each in (found, *found.gradients.values()):
-                for tensor in (each.squares_I, each.total_I, each.tokens, each.skipped, each.weight):
-                    self._ranks.add(tensor)
-                if each.second_II is not None:
-                    self._ranks.add(each.second_II, owner)
-                    if owner not in (None, self._ranks.rank):
-                        each.second_II = None
+            counts = [count for each in (found, *found.gradients.values()) for count in (each.tokens, each.skipped)]
+            for tensor in (found.squares_I, found.total_I, found.weight, *counts):
+                self._ranks.add(tensor)
+            for large in (found.second_II, *(each.second_BKK for each in found.gradients.values())):
+                if large is not None:
+                    self._ranks.add(large, owner)
+            if owner not in (None, self._ranks.rank):
+                found.second_II = None
+                found.gradients.clear()
             self._changing += [(target, owner or 0) for target in group.targets]
 
     def _settle(self, before: int) -> None:
@@ -295,7 +298,7 @@ class Calibration:
         moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in package.every or package.groups}
         if kind == "gradients":
             for g in package.every or package.groups:
-                moments[g.name].gradients = {t.name: Moments.empty(t.outputs, True, device) for t in g.targets}
+                moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
         batch = self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
         tokens = Tokens(self._options.tokens, self._token_seed)

@@ -3,7 +3,7 @@
 With e ~ N(0, 1) for every element of the network's output and g the gradient of <e, output> at one token of a layer's
 output, E[g g^T] is what an error of that token does to the squared error of the network's output, to first order: the
 Gauss-Newton matrix, one of the two factors of K-FAC (Martens and Grosse, "Optimizing Neural Networks with
-Kronecker-factored Approximate Curvature", ICML 2015).
+Kronecker-factored Approximate Curvature", ICML 2015). Outputs of different blocks are taken to be independent.
 """
 
 # Shapes: O outputs.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from compressor.calibration.moments import Moments
+from compressor.calibration.curvature import Gradients
 from compressor.structure import Target
 
 SHARE = 0.25
@@ -29,7 +29,7 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 @contextmanager
-def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments]) -> Iterator[Callable[[int], None]]:
+def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Gradients]) -> Iterator[Callable[[int], None]]:
     """While it lasts, some calls of the network are differentiated, and add to the moments of their layers' gradients.
 
     Only what runs after the first of the layers is recorded for it. The calls are chosen at random, but the first one,
@@ -39,7 +39,7 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
     Args:
         network: called without gradients, as pipelines do.
         targets: its layers.
-        sums: by the layers' names; each gets a sum of g g^T.
+        sums: by the layers' names; each gets sums of g g^T.
     """
     generator = torch.Generator().manual_seed(0)
     kernels = ExitStack()
@@ -78,7 +78,7 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Moments
         torch.set_grad_enabled(False)
         kernels.close()
         for (name, found), grad in zip(outputs.items(), grads, strict=True):
-            sums[name].add(torch.zeros_like(found) if grad is None else grad, 1.0)
+            sums[name].add(torch.zeros_like(found) if grad is None else grad)
         outputs.clear()
         differentiated = False
         return (output.detach(), *result[1:]) if isinstance(result, tuple) else None

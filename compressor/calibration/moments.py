@@ -5,9 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from compressor.calibration.curvature import Gradients
 
 
 @dataclass
@@ -21,8 +25,8 @@ class Moments:
         tokens: how many tokens were summed, unweighted; an integer tensor, so that no GPU is waited for.
         skipped: how many had an infinite or undefined entry and were left out; likewise.
         weight: sum of a_t over the tokens that were summed, float64: `total_I` over it is the inputs' mean.
-        gradients: for each layer that reads the input, moments of the gradients at its outputs, unweighted; empty
-            unless they were asked for.
+        gradients: for each layer that reads the input, second moments of the gradients at its outputs; empty unless
+            they were asked for.
     """
 
     squares_I: Tensor
@@ -31,7 +35,7 @@ class Moments:
     tokens: Tensor
     skipped: Tensor
     weight: Tensor
-    gradients: dict[str, Moments] = field(default_factory=dict)
+    gradients: dict[str, Gradients] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, inputs: int, second: bool, device: torch.device) -> Moments:
@@ -55,9 +59,7 @@ class Moments:
             x: ... x I, in any floating-point dtype; not changed.
             weight: a_t of the step.
         """
-        x_TI = x.reshape(-1, x.shape[-1])
-        good_T = torch.isfinite(x_TI).all(dim=1)
-        x_TI = torch.where(good_T[:, None], x_TI, 0)
+        x_TI, good_T = finite(x)
         self.tokens = self.tokens + good_T.sum()
         self.skipped = self.skipped + (~good_T).sum()
         self.weight = self.weight + weight * good_T.sum(dtype=torch.float64)
@@ -65,16 +67,26 @@ class Moments:
         if self.second_II is None:
             self.squares_I.add_(x_TI.float().square().sum(0), alpha=weight)
             return
-        if x_TI.is_cuda and x_TI.dtype in (torch.float16, torch.bfloat16):
-            self.second_II = torch.addmm(
-                self.second_II, x_TI.T, x_TI, alpha=weight, out_dtype=torch.float32
-            )  # half-precision products on tensor cores, summed in float32
-        else:
-            x_TI = x_TI.float()
-            self.second_II.addmm_(x_TI.T, x_TI, alpha=weight)
+        self.second_II = add_products(self.second_II, x_TI, weight)
 
     def finish(self) -> Moments:
         """Takes the sum of squares from the second moment's diagonal, where there is one."""
         if self.second_II is not None:
             self.squares_I = self.second_II.diagonal().clone()
         return self
+
+
+def finite(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of ... x I as T x I, those that are not finite as zeros, and which are finite (T)."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    good_T = torch.isfinite(x_TI).all(dim=1)
+    return torch.where(good_T[:, None], x_TI, 0), good_T
+
+
+def add_products(second_II: Tensor, x_TI: Tensor, weight: float) -> Tensor:
+    """`second_II` + weight x^T x, in place where that can be."""
+    if x_TI.is_cuda and x_TI.dtype in (torch.float16, torch.bfloat16):
+        # half-precision products on tensor cores, summed in float32
+        return torch.addmm(second_II, x_TI.T, x_TI, alpha=weight, out_dtype=torch.float32)
+    x_TI = x_TI.float()
+    return second_II.addmm_(x_TI.T, x_TI, alpha=weight)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from compressor.calibration.curvature import blocks_of
 from compressor.errors import CompressorError
 from compressor.plugin import MomentKind
 from compressor.structure import Target, Trace
@@ -113,9 +114,10 @@ def _group(targets: list[Target], trace: Trace) -> tuple[Group, ...]:
 
 def _bytes(targets: list[Target], trace: Trace, kind: MomentKind) -> int:
     widths = [*{trace.shared[target.name]: target.inputs for target in targets}.values()]
+    found = sum(4 * width * (2 if kind == "norms" else width + 2) for width in widths)
     if kind == "gradients":
-        widths += [target.outputs for target in targets]
-    return sum(4 * width * (2 if kind == "norms" else width + 2) for width in widths)
+        found += sum(4 * target.outputs * blocks_of(target.outputs)[1] for target in targets)
+    return found
 
 
 def deal(package: Package, rank: int, count: int) -> Package:

@@ -5,7 +5,7 @@ Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (Neur
 weighed by a metric, as Kronecker-factored curvature has it (van der Ouderaa et al., "The LLM Surgeon", ICLR 2024).
 """
 
-# Shapes: O outputs, I inputs.
+# Shapes: O outputs, I inputs; B blocks of K outputs.
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.plugin import Elementwise
+from compressor_obs_diff.metric import diagonal, times
 
 ROUNDS = 30
 RAMP = 0.6  # the share of the rounds in which the sparsity rises to what is asked for
@@ -30,7 +31,7 @@ def choose(
     hessian_II: Tensor,
     granularity: Elementwise,
     sparsity: float | None,
-    outputs_OO: Tensor | None = None,
+    metric_BKK: Tensor | None = None,
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
     """Looks for sparse weights whose outputs are nearest to the dense ones.
@@ -51,7 +52,8 @@ def choose(
         hessian_II: damped, symmetric, positive definite, of the same dtype. Not changed.
         granularity: what is removed together.
         sparsity: the share of weights to remove, where the granularity needs one.
-        outputs_OO: G, damped, symmetric, positive definite, of the same dtype; the identity if none. Not changed.
+        metric_BKK: G, in blocks along its diagonal, damped, symmetric, positive definite, of the same dtype; the
+            identity if none. Not changed.
         rounds: how many.
 
     Returns:
@@ -61,9 +63,9 @@ def choose(
     outputs, inputs = weight_OI.shape
     scale_I = hessian_II.diagonal().sqrt()
     gram_II = _correlation(hessian_II)
-    scale_OI = scale_I if outputs_OO is None else torch.outer(outputs_OO.diagonal().sqrt(), scale_I)
+    scale_OI = scale_I if metric_BKK is None else torch.outer(diagonal(metric_BKK).sqrt(), scale_I)
     sparse_OI = weight_OI * scale_OI
-    solve: _System = _Inputs(gram_II) if outputs_OO is None else _Both(_correlation(outputs_OO), gram_II)
+    solve: _System = _Inputs(gram_II) if metric_BKK is None else _Both(_correlation(metric_BKK), gram_II)
     target_OI = solve.times(sparse_OI)
     dual_OI = torch.zeros_like(sparse_OI)
     removed_OI = torch.zeros_like(sparse_OI, dtype=torch.bool)
@@ -83,8 +85,8 @@ def choose(
 
 
 def _correlation(matrix: Tensor) -> Tensor:
-    scale = matrix.diagonal().sqrt()
-    return matrix / torch.outer(scale, scale)
+    scale = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+    return matrix / (scale[..., :, None] * scale[..., None, :])
 
 
 class _System(Protocol):
@@ -112,17 +114,19 @@ class _Inputs:
 
 
 class _Both:
-    def __init__(self, gram_OO: Tensor, gram_II: Tensor) -> None:
-        self.gram_OO, self.gram_II = gram_OO, gram_II
-        k_O, self.p_OO = torch.linalg.eigh(gram_OO)
+    def __init__(self, gram_BKK: Tensor, gram_II: Tensor) -> None:
+        self.gram_BKK, self.gram_II = gram_BKK, gram_II
+        k_BK, self.p_BKK = torch.linalg.eigh(gram_BKK)
         a_I, self.q_II = torch.linalg.eigh(gram_II)
-        self.product_OI = torch.outer(k_O.clamp(min=0), a_I.clamp(min=0))  # rounding may make the least ones negative
+        # rounding may make the least ones negative
+        self.product_OI = torch.outer(k_BK.reshape(-1).clamp(min=0), a_I.clamp(min=0))
 
     def times(self, b_OI: Tensor) -> Tensor:
-        return self.gram_OO @ b_OI @ self.gram_II
+        return times(self.gram_BKK, b_OI @ self.gram_II)
 
     def raise_by(self, rho: float) -> None:
         self.raised_OI = self.product_OI + rho
 
     def __call__(self, wanted_OI: Tensor) -> Tensor:
-        return self.p_OO @ ((self.p_OO.T @ wanted_OI @ self.q_II) / self.raised_OI) @ self.q_II.T
+        turned_OI = times(self.p_BKK.mT, wanted_OI @ self.q_II)
+        return times(self.p_BKK, turned_OI / self.raised_OI) @ self.q_II.T

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressor.plugin import Elementwise, LayerResult
 from compressor_obs_diff.least_squares import MOST_STEPS, fit
+from compressor_obs_diff.metric import metric_of
 from compressor_obs_diff.solver import explain_damping, relative_error
 from compressor_obs_diff.solvers import SOLVERS, Problem
 
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from compressor.structure import Target
     from compressor_obs_diff import OBSDiff
 
-OUTPUT_DAMPING = 0.3
-"""Added to the diagonal of the outputs' metric, relative to its mean. From 0.1 to 1, one forward's
-error differed by less than a fifth on the built-in pipelines.
-"""
 COUPLED_STEPS = 50
 """Of the refit in the outputs' metric, whose rows depend on one another: ADMM leaves little to do."""
 LEAST_SPREAD = 1e-4
@@ -54,18 +51,18 @@ def prune_package(
             weight, bias = target.module.weight, target.module.bias
             count = options.zeros(target) if zeros is None else zeros[target.name]
             notes = explain_damping(problem.factor.damping, options.damping, problem.factor.dtype)
-            outputs_OO = None
+            metric_BKK = None
             if options.objective == "network":
-                outputs_OO = _metric(gathered.gradients.pop(target.name))
-                if outputs_OO is None:
+                metric_BKK = metric_of(gathered.gradients.pop(target.name))
+                if metric_BKK is None:
                     notes += ("the network's output does not depend on it: its own outputs' error was minimised",)
             old_OI = weight.detach().to(torch.float32, copy=True)
             new_OI, removed_OI = SOLVERS[options.solver](
-                old_OI, problem, count / old_OI.numel() if granularity.needs_sparsity else None, outputs_OO
+                old_OI, problem, count / old_OI.numel() if granularity.needs_sparsity else None, metric_BKK
             )
             if options.refit:
-                most = MOST_STEPS if outputs_OO is None else COUPLED_STEPS
-                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI, outputs_OO, most).weight_OI
+                most = MOST_STEPS if metric_BKK is None else COUPLED_STEPS
+                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI, metric_BKK, most).weight_OI
             weight.copy_(new_OI)
             if bias is not None and absorbed_I is not None:
                 bias.copy_(bias.float() + (old_OI - weight.float()) @ absorbed_I)
@@ -114,14 +111,3 @@ def _about(mean_I: Tensor, moments: Moments) -> Tensor:
     """The second moment about the mean: what is left of an error once the bias has absorbed its mean."""
     assert moments.second_II is not None
     return torch.addr(moments.second_II, mean_I, mean_I, alpha=-moments.weight.item())
-
-
-def _metric(gradients: Moments) -> Tensor | None:
-    """The damped mean of g g^T, in units of its mean diagonal; None where all gradients are zero or not finite."""
-    assert gradients.second_II is not None
-    mean = gradients.second_II.diagonal().mean()
-    if not (torch.isfinite(mean) and mean > 0):
-        return None
-    metric_OO = gradients.second_II / mean
-    metric_OO.diagonal().add_(OUTPUT_DAMPING)
-    return metric_OO

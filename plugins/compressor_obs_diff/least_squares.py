@@ -6,7 +6,7 @@ rows together with one product by H a step, as proposed for pruning by Meng et a
 metric G of the outputs, tr G (W' - W) H (W' - W)^T, the rows depend on one another: a step is a product by H and by G.
 """
 
-# Shapes: O outputs, I inputs.
+# Shapes: O outputs, I inputs; B blocks of K outputs.
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from compressor_obs_diff.metric import diagonal, times
 
 TOLERANCE = 1e-5
 """Of a row's residual, relative to its right-hand side."""
@@ -41,7 +43,7 @@ def fit(
     hessian_II: Tensor,
     removed_OI: Tensor,
     start_OI: Tensor | None = None,
-    outputs_OO: Tensor | None = None,
+    metric_BKK: Tensor | None = None,
     most: int = MOST_STEPS,
 ) -> Fitted:
     """Fits the weights that are left to the dense layer's outputs.
@@ -51,7 +53,8 @@ def fit(
         hessian_II: damped, symmetric, positive definite, of the same dtype. Not changed.
         removed_OI: True where a weight is to be zero.
         start_OI: weights to begin from, zero where `removed_OI`; the dense ones on the mask if none.
-        outputs_OO: G, damped, symmetric, positive definite, of the same dtype; the identity if none. Not changed.
+        metric_BKK: G, in blocks along its diagonal, damped, symmetric, positive definite, of the same dtype; the
+            identity if none. Not changed.
         most: steps, at the most.
 
     Returns:
@@ -60,15 +63,15 @@ def fit(
 
     def product(x_OI: Tensor) -> Tensor:
         x_OI = x_OI @ hessian_II
-        return (x_OI if outputs_OO is None else outputs_OO @ x_OI).masked_fill_(removed_OI, 0)
+        return (x_OI if metric_BKK is None else times(metric_BKK, x_OI)).masked_fill_(removed_OI, 0)
 
     def dot(a_OI: Tensor, b_OI: Tensor) -> Tensor:
         products_O = (a_OI * b_OI).sum(1)
-        return products_O if outputs_OO is None else products_O.sum().expand_as(products_O)
+        return products_O if metric_BKK is None else products_O.sum().expand_as(products_O)
 
     diagonal_OI = hessian_II.diagonal().expand_as(weight_OI)
-    if outputs_OO is not None:
-        diagonal_OI = torch.outer(outputs_OO.diagonal(), hessian_II.diagonal())
+    if metric_BKK is not None:
+        diagonal_OI = torch.outer(diagonal(metric_BKK), hessian_II.diagonal())
     wanted_OI = product(weight_OI)
     norm_O = dot(wanted_OI, wanted_OI).sqrt().clamp(min=torch.finfo(wanted_OI.dtype).tiny)
     x_OI = (weight_OI if start_OI is None else start_OI).masked_fill(removed_OI, 0)

@@ -1,6 +1,6 @@
 """The solvers that a recipe can name, behind one interface: dense weights and metrics in, sparse weights out."""
 
-# Shapes: O outputs, I inputs.
+# Shapes: O outputs, I inputs; B blocks of K outputs.
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Solver(Protocol):
     """Chooses what goes and updates the rest."""
 
     def __call__(
-        self, weight_OI: Tensor, problem: Problem, sparsity: float | None, outputs_OO: Tensor | None = None
+        self, weight_OI: Tensor, problem: Problem, sparsity: float | None, metric_BKK: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """New weights and the mask of what was removed (True), both O x I.
 
@@ -58,22 +58,22 @@ class Solver(Protocol):
             weight_OI: dense, float32. Not changed.
             problem: its inputs.
             sparsity: the share of weights to remove, where the granularity needs one.
-            outputs_OO: a metric of its outputs, positive definite; the identity if none. Not changed.
+            metric_BKK: of its outputs, in blocks, positive definite; the identity if none. Not changed.
         """
         ...
 
 
 def _sweep(
-    weight_OI: Tensor, problem: Problem, sparsity: float | None, outputs_OO: Tensor | None = None
+    weight_OI: Tensor, problem: Problem, sparsity: float | None, metric_BKK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    assert outputs_OO is None, "the sweep takes every row for itself"
+    assert metric_BKK is None, "the sweep takes every row for itself"
     return sweep(weight_OI, problem.factor.upper_II, problem.granularity, sparsity, problem.block)
 
 
 def _admm(
-    weight_OI: Tensor, problem: Problem, sparsity: float | None, outputs_OO: Tensor | None = None
+    weight_OI: Tensor, problem: Problem, sparsity: float | None, metric_BKK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return admm.choose(weight_OI, problem.damped_II, problem.granularity, sparsity, outputs_OO)
+    return admm.choose(weight_OI, problem.damped_II, problem.granularity, sparsity, metric_BKK)
 
 
 SOLVERS: dict[str, Solver] = {"obs": _sweep, "admm": _admm}

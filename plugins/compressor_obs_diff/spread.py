@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compressor_obs_diff.layers import problems_of
+from compressor_obs_diff.metric import diagonal
 
 if TYPE_CHECKING:
     from compressor.calibration import Moments, Package
@@ -71,8 +72,7 @@ def parts(options: OBSDiff, package: Package, moments: dict[str, Moments]) -> li
         tokens = gathered.tokens.item() / gathered.weight.item()  # H sums over tokens by their weights
         for target, problem, _ in problems_of(options, group, gathered):
             gradients = gathered.gradients[target.name]
-            assert gradients.second_II is not None
-            slope_O = gradients.second_II.diagonal() / gradients.tokens.clamp(min=1)
+            slope_O = diagonal(gradients.second_BKK) / gradients.tokens.clamp(min=1)
             inverse_I = problem.factor.upper_II.square().sum(0)
             weight_OI = target.module.weight.detach().float()
             cost_OI = slope_O[:, None] * weight_OI.square() / inverse_I
