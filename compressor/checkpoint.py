@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,18 @@ from compressor.errors import CompressorError
 from compressor.output import RECORD, replacing
 from compressor.pipeline import Pipeline
 from compressor.recipe import Model
+from compressor.units import size
 
 FORMAT = 1
 
 
-def check_space(pipeline: Pipeline, output: Path) -> None:
-    """Makes sure, before any slow work is done, that the disk has room for the result.
+def check_space(pipeline: Pipeline, output: Path, exports: Mapping[str, int]) -> None:
+    """Makes sure, before any slow work is done, that the disk has room for the result and its exports.
+
+    Args:
+        pipeline: as it is before the pruning.
+        output: where the result goes; an earlier one there is removed before the exports begin.
+        exports: about how many bytes each will take, by name.
 
     Raises:
         CompressorError: with what is needed and what is free.
@@ -34,9 +40,14 @@ def check_space(pipeline: Pipeline, output: Path) -> None:
         for name, tensor in getattr(pipeline.pipe, component).state_dict().items():
             dtype = _stored_dtype(pipeline, component, name) if tensor.is_floating_point() else tensor.dtype
             sizes[tensor.data_ptr()] = tensor.numel() * dtype.itemsize
-    needed, free = sum(sizes.values()), shutil.disk_usage(output.resolve().parent).free
+    result, free = sum(sizes.values()), shutil.disk_usage(output.resolve().parent).free
+    earlier = sum(file.stat().st_size for file in output.rglob("*") if file.is_file() and not file.is_symlink())
+    needed = max(result, result + sum(exports.values()) - earlier)
     if needed > free:
-        raise CompressorError(f"output: {output} needs {needed:,} bytes on its disk, found {free:,} free")
+        parts = ", ".join(f"{name} {size(number)}" for name, number in {"the result": result, **exports}.items())
+        raise CompressorError(
+            f"output: {output} needs {size(needed)} on its disk ({parts}), found {size(free)} free; nothing was begun"
+        )
 
 
 @torch.no_grad()

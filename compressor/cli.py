@@ -332,7 +332,11 @@ def generate(
     images, _ = pictures.draw(pipeline, encoded, Settings(steps, guidance, height, width), batch, progress, "drawing")
     for i, image in enumerate(images):
         path = out / f"{i:04d}.png"
-        to_image(image).save(path)
+        try:
+            to_image(image).save(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise CompressorError(f"{path}: {error.strerror or error}; the pictures before it are whole") from error
         click.echo(f"{path}  {chosen[i]}")
 
 

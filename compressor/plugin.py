@@ -299,6 +299,17 @@ class Exporter(Options, ABC):
             CompressorError: saying which option should be what.
         """
 
+    def space(self, pipeline: Pipeline) -> int:
+        """About how many bytes `export` will write; asked before anything is pruned. 0 where it cannot be told.
+
+        Args:
+            pipeline: as it is before the pruning. Not changed.
+
+        Raises:
+            CompressorError: if something of it cannot be exported, saying which option should be what.
+        """
+        return 0
+
     @abstractmethod
     def export(self, pipeline: Pipeline, folder: Path) -> Export:
         """Writes into `folder`, which exists and is empty.

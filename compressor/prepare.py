@@ -183,8 +183,9 @@ def prepare(
         warnings = (*pipeline.warnings, *explained)
         for warning in warnings:
             progress.say(f"warning: {warning}")
+        space = {} if alternatives else exports_space(recipe, pipeline)
         if ranks.first:
-            checkpoint.check_space(pipeline, output)
+            checkpoint.check_space(pipeline, output, space)
         if ranks.count > 1:
             weights = sum(fingerprint(tensor) for tensor in pipeline.module.state_dict().values())
             ranks.agree({"the kind of device": pipeline.device.type, f"the weights of {recipe.model.source}": weights})
@@ -265,6 +266,22 @@ def check_exporters(recipe: Recipe, folder: pipelines.Folder) -> None:
             exporter.check(folder)
         except CompressorError as error:
             raise CompressorError(f"export[{i}].{Choice('exporter').name(exporter)}.{error}") from None
+
+
+def exports_space(recipe: Recipe, pipeline: Pipeline) -> dict[str, int]:
+    """About how many bytes each export will take, by the exporter's name.
+
+    Raises:
+        CompressorError: naming the first one that cannot export something it was asked for.
+    """
+    space: dict[str, int] = {}
+    for i, exporter in enumerate(recipe.export):
+        name = Choice("exporter").name(exporter)
+        try:
+            space[name] = exporter.space(pipeline)
+        except CompressorError as error:
+            raise CompressorError(f"export[{i}].{name}.{error}") from None
+    return space
 
 
 def check_table(entries: tuple[Entry, ...], recipe: Recipe, folder: pipelines.Folder) -> tuple[str, ...]:

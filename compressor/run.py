@@ -224,12 +224,13 @@ def _export(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress) 
         with watch.phase("export"), inner.phase(name):
             try:
                 export = exporter.export(saved, folder)
+                exported.write(exporter, export, folder, output)
             except BaseException as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 if not isinstance(error, (CompressorError, OSError)):
                     raise
-                raise CompressorError(f"{name}: {error}\nthe pruned pipeline is kept in {output}") from error
-        exported.write(exporter, export, folder, output)
+                words = f"{folder}: {error.strerror or error}" if isinstance(error, OSError) else error
+                raise CompressorError(f"{name}: {words}\nthe pruned pipeline is kept in {output}") from error
         sizes = {f"{name}/{file}": (folder / file).stat().st_size for file in export.files}
         exports.append(report.ExportFacts(name, sizes, export.checks, inner.seconds[name]))
     return tuple(exports)

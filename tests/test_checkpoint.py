@@ -22,6 +22,7 @@ from compressor.output import claim
 from compressor.progress import Progress
 from compressor.recipe import Model
 from compressor.run import run
+from compressor.units import size
 
 RECORD = {"recipe": {"export": []}}
 
@@ -198,12 +199,28 @@ def test_a_disk_without_room_is_found_out_before_the_work(loaded, result, monkey
     for free, enough in ((0.8 * needed, False), (1.1 * needed, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: SimpleNamespace(free=int(free)))
         if enough:
-            checkpoint.check_space(loaded, result)
+            checkpoint.check_space(loaded, result, {})
         else:
             with pytest.raises(
-                CompressorError, match=r"^output: .*/out needs [\d,]+ bytes on its disk, found [\d,]+ free$"
+                CompressorError,
+                match=r"^output: .*/out needs [\d.]+ kB on its disk \(the result [\d.]+ kB\), found [\d.]+ kB free; "
+                r"nothing was begun$",
             ):
-                checkpoint.check_space(loaded, result)
+                checkpoint.check_space(loaded, result, {})
+
+
+def test_the_exports_need_room_too_for_which_the_earlier_result_makes_way(loaded, result, tmp_path, monkeypatch):
+    needed = sum(file.stat().st_size for file in result.rglob("*.safetensors"))
+    earlier = sum(file.stat().st_size for file in result.rglob("*") if file.is_file())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=2 * needed))
+    checkpoint.check_space(loaded, tmp_path / "new", {"onnx": int(0.9 * needed)})
+    with pytest.raises(CompressorError) as caught:
+        checkpoint.check_space(loaded, tmp_path / "new", {"onnx": 2 * needed, "tensorrt": 9000})
+    assert " (the result " in str(caught.value)
+    assert f", onnx {size(2 * needed)}, tensorrt 9.00 kB), found {size(2 * needed)} free" in str(caught.value)
+    checkpoint.check_space(loaded, result, {"onnx": needed + int(0.9 * earlier)})
+    with pytest.raises(CompressorError, match=r"on its disk"):
+        checkpoint.check_space(loaded, result, {"onnx": 2 * needed + earlier})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line: quick where it can be, calm about mistakes and Ctrl-C, and honest about what it kept."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from compressor import checkpoint, recipe
 from compressor import run as running
 from compressor.cli import main
 from compressor.errors import CompressorError
+from compressor.plugin import Export
 from compressor.progress import Progress
 
 
@@ -330,6 +332,73 @@ def test_a_failed_export_keeps_the_result_and_no_half_of_the_export(monkeypatch)
     assert found.stderr.endswith("errors:\nonnx: the file differs from torch\nthe pruned pipeline is kept in out\n")
     assert checkpoint.verify(Path("out"))
     assert not Path("out/onnx").exists()
+
+
+def test_a_disk_that_fills_while_pictures_are_saved_leaves_no_half_of_one(result, monkeypatch):
+    save = Image.Image.save
+
+    def fill(image: Image.Image, path: Path) -> None:
+        if path.name == "0001.png":
+            path.touch()
+            raise OSError(28, "No space left on device")
+        save(image, path)
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    found = call("generate", str(result), "--prompt", "a", "--prompt", "b", "--steps", "1", "--out", "images")
+    assert found.exit_code == 1
+    assert found.stderr.endswith("error: images/0001.png: No space left on device; the pictures before it are whole\n")
+    assert [path.name for path in Path("images").iterdir()] == ["0000.png"]
+
+
+@pytest.mark.parametrize("where", ["export", "manifest"])
+def test_a_disk_that_fills_while_exporting_keeps_the_result_and_no_half_of_the_export(monkeypatch, where):
+    from compressor_onnx import ONNX
+
+    def fill(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if where == "export":
+        monkeypatch.setattr(ONNX, "export", fill)
+    else:
+        monkeypatch.setattr(ONNX, "export", lambda _self, _pipeline, _folder: Export(()))
+        monkeypatch.setattr(running.exported, "write", fill)
+    found = call("run", write(export=["onnx"]))
+    assert found.exit_code == 1
+    assert found.stderr.endswith(
+        "errors:\nonnx: out/onnx: No space left on device\nthe pruned pipeline is kept in out\n"
+    )
+    assert checkpoint.verify(Path("out"))
+    assert not Path("out/onnx").exists()
+
+
+def test_a_disk_without_room_for_the_exports_is_told_before_anything_is_pruned(monkeypatch):
+    from compressor_onnx import ONNX
+
+    monkeypatch.setattr(ONNX, "space", lambda _self, _pipeline: 10**16)
+    found = call("run", write(export=["onnx"]))
+    assert found.exit_code == 1
+    assert re.search(
+        r"^error: output: out needs 10000 TB on its disk \(the result [\d.]+ kB, onnx 10000 TB\), found [\d.]+ \wB "
+        r"free; nothing was begun$",
+        found.stderr,
+        re.MULTILINE,
+    )
+    assert "pruning" not in found.stderr
+    assert not Path("out").exists()
+
+
+def test_what_of_the_loaded_model_cannot_be_exported_is_told_before_anything_is_pruned(monkeypatch):
+    from compressor_onnx import ONNX
+
+    def refuse(_self: ONNX, _pipeline: object) -> int:
+        raise CompressorError("components: no 'vae_encoder' to export: a Tiny cannot be written as ONNX yet")
+
+    monkeypatch.setattr(ONNX, "space", refuse)
+    found = call("run", write(export=["onnx"]))
+    assert found.stderr.endswith(
+        "error: export[0].onnx.components: no 'vae_encoder' to export: a Tiny cannot be written as ONNX yet\n"
+    )
+    assert not Path("out").exists()
 
 
 def test_plan_prints_a_table_or_json():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from compressor.errors import CompressorError
 from compressor.plugin import Export, Exporter
@@ -65,20 +64,40 @@ class ONNX(Exporter):
     )
     sequence: int = Field(default=24, ge=2, description="text tokens of the traced shape; the file takes any number")
 
+    @field_validator("dtype")
+    @classmethod
+    def _refuse_bfloat16(cls, dtype: str) -> str:
+        if dtype == "bfloat16":
+            raise ValueError(
+                "onnxruntime's CPU provider, which proves every file, takes no bfloat16; choose float16 or float32"
+            )
+        return dtype
+
+    @field_validator("opset")
+    @classmethod
+    def _know_opset(cls, opset: int | None, info: ValidationInfo) -> int | None:
+        """Refuses what cannot be written here; a manifest, which is JSON, speaks of files that were written."""
+        if opset is None or info.mode == "json" or any(find_spec(name) is None for name in PACKAGES):
+            return opset
+        from compressor_onnx import opsets
+
+        if (problem := opsets.explain(opset)) is not None:
+            raise ValueError(problem)
+        return opset
+
     def available(self) -> str | None:
         """None if onnx, onnxruntime and onnxscript are installed, else how to install them."""
         missing = [name for name in PACKAGES if find_spec(name) is None]
         return f'onnx needs {", ".join(missing)}; pip install "diffusion-compressor[onnx]"' if missing else None
 
     def check(self, folder: Folder) -> None:
-        """Refuses components that the pipeline lacks, a dtype that cannot be proved, and a shape that does not suit.
+        """Refuses components that the pipeline lacks, and a shape that does not suit.
 
         Raises:
             CompressorError: naming the option.
         """
         from compressor.onnx_files import pieces
 
-        self._check_dtype()
         for name in self.components or ():
             if pieces.known(name) not in folder.components:
                 having = ", ".join(folder.components)
@@ -89,6 +108,13 @@ class ONNX(Exporter):
                 raise CompressorError(
                     f"{name}: should be a multiple of {unit} latents, at least {2 * unit}, found {side}"
                 )
+
+    def space(self, pipeline: Pipeline) -> int:
+        """About how many bytes the files take."""
+        found, _, settings = self._plan(pipeline)
+        from compressor.onnx_files import writing
+
+        return writing.bytes_of(found, settings)
 
     def export(self, pipeline: Pipeline, folder: Path) -> Export:
         """Writes `<component>/model.onnx` and the component's `config.json`, then proves each file.
@@ -113,7 +139,8 @@ class ONNX(Exporter):
         from compressor.onnx_files import graph, writing
         from compressor_onnx import layout
 
-        writing.check_space(found, settings, folder, shutil.disk_usage(folder).free)
+        names = ", ".join(piece.name for piece in found)
+        writing.check_space(f"the files of {names}", writing.bytes_of(found, settings), folder)
         checks: dict[str, Any] = {}
         for piece in found:
             target = folder / piece.name
@@ -151,15 +178,7 @@ class ONNX(Exporter):
     def _plan(self, pipeline: Pipeline) -> tuple[list[Piece], dict[str, str], Settings]:
         if (problem := self.available()) is not None:
             raise CompressorError(problem)
-        self._check_dtype()
         from compressor.onnx_files import pieces, writing
 
         settings = writing.Settings(**self.model_dump(exclude={"components"}))
         return *pieces.find(pipeline, self.components), settings
-
-    def _check_dtype(self) -> None:
-        if self.dtype == "bfloat16":
-            raise CompressorError(
-                "dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; "
-                "choose float16 or float32"
-            )

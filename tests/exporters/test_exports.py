@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from compressor_onnx import ONNX
 from onnx import numpy_helper
 
 from compressor import checkpoint, exported, recipe
@@ -121,6 +123,12 @@ def test_the_manifest_says_what_was_written(result):
     assert checks["opset"] == {entry.domain: entry.version for entry in onnx.load(file).opset_import}[""]
     assert checks["tolerance"] == 2e-5
     assert len(checks["numeric"]) == 2
+
+
+def test_the_room_that_an_export_asks_for_is_what_it_takes(result):
+    taken = sum(file.stat().st_size for file in (result / "onnx").glob("*/model.onnx"))
+    asked = ONNX().space(checkpoint.load(result, "cpu"))
+    assert taken <= asked < 2 * taken  # tiny: more names than weights
 
 
 def test_onnxruntime_draws_what_torch_draws(result):
@@ -357,10 +365,6 @@ def test_what_a_pipeline_and_a_file_do_not_share_is_told(result):
     ("options", "message"),
     [
         (
-            {"dtype": "bfloat16"},
-            "dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; choose float16 or float32",
-        ),
-        (
             {"components": ["transformer", "text_encoder_3"]},
             "components: no 'text_encoder_3' to export: StableDiffusion3Pipeline has "
             "scheduler, text_encoder, text_encoder_2, tokenizer, tokenizer_2, transformer, vae",
@@ -385,6 +389,30 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused_before_anything_is_pru
     assert found.exit_code == 1
     assert found.stderr.endswith(f"error: export[0].onnx.{message}\n")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            r"dtype: onnxruntime's CPU provider, which proves every file, takes no bfloat16; choose float16 or float32",
+        ),
+        (
+            {"opset": 40},
+            r"opset: should be 18 to \d\d, which onnxscript \S+ and onnxruntime \S+ know, found 40; "
+            r"torch's own default if left out",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "plan", "run"])
+def test_what_no_model_could_be_exported_as_is_told_with_the_recipes_line(
+    tmp_path, monkeypatch, command, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    data = {"model": "no/such", "prune": [], "export": [{"onnx": options}], "output": "out"}
+    Path("r.yaml").write_text(yaml.safe_dump(data))
+    assert re.fullmatch(rf"error: r\.yaml:3: export\[0\]\.onnx\.{message}\n", call(command, "r.yaml").stderr)
 
 
 def test_an_export_is_found_in_a_result_and_by_itself(result):

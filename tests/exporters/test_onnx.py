@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
+import onnxscript
 import pytest
 import torch
-from compressor_onnx import ONNX
+from compressor_onnx import ONNX, opsets
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
 from compressor import registry
 from compressor.errors import CompressorError
-from compressor.onnx_files import check, graph, mend, pieces
+from compressor.onnx_files import check, graph, mend, pieces, writing
 from compressor.onnx_files.pieces import Shape
 from compressor.onnx_files.writing import TOLERANCES
 from compressor.sparsity import holds
@@ -38,6 +40,9 @@ INPUTS = {  # as optimum-onnx's ORTUnet and ORTTransformer feed them
     "sd2": ["sample", "timestep", "encoder_hidden_states"],
     "sdxl": ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"],
 }
+
+MOST = next(opset for opset in range(18, 99) if opsets.explain(opset + 1))
+"""The highest operator set that can be had here; `test_pieces.py` writes files in it."""
 
 
 def run(pipeline, folder: Path, **options):
@@ -416,10 +421,12 @@ def test_an_opset_other_than_asked_is_an_error(sparse_sd3, label):
 
 def test_an_opset_that_torch_cannot_write_is_refused_without_chatter(tmp_path, capfd, caplog):
     levels = {name: logging.getLogger(name).level for name in graph._CHATTER}
+    piece = pieces.network(networks.pipeline_of(networks.sd3_medium()))
+    (tmp_path / "transformer").mkdir()
     with pytest.raises(
         CompressorError, match=r"^transformer/model\.onnx: opset should be 99 as asked, torch .* wrote "
     ):
-        ONNX(opset=99).export(networks.pipeline_of(networks.sd3_medium()), tmp_path)
+        writing.write(piece, writing.Settings(opset=99), tmp_path / "transformer" / "model.onnx")
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert {name: logging.getLogger(name).level for name in graph._CHATTER} == levels
@@ -528,7 +535,9 @@ def test_it_is_found_by_its_entry_point():
         ({"dtype": "int8"}, "should be 'float32', 'float16' or 'bfloat16'"),
         ({"components": []}, "at least 1 item"),
         ({"components": ["vae"]}, "should be 'transformer', 'unet', 'text_encoder'"),
+        ({"dtype": "bfloat16"}, "onnxruntime's CPU provider, which proves every file, takes no bfloat16"),
         ({"opset": 17}, "greater than or equal to 18"),
+        ({"opset": 40}, f"should be 18 to {MOST}, which onnxscript {onnxscript.__version__} and onnxruntime "),
         ({"batch": 1}, "greater than or equal to 2"),
         ({"tolerance": 0.0}, "greater than 0"),
         ({"tolerance": float("nan")}, "finite number"),
@@ -539,6 +548,36 @@ def test_options_without_a_meaning_are_refused(options, message):
     with pytest.raises(ValidationError) as error:
         ONNX.model_validate(options)
     assert message in str(error.value)
+
+
+def test_the_highest_opset_that_is_offered_is_taken_and_the_next_is_not():
+    assert MOST >= 23
+    assert ONNX(opset=MOST).opset == MOST
+    with pytest.raises(ValidationError) as error:
+        ONNX(opset=MOST + 1)
+    assert error.value.errors()[0]["msg"] == (
+        f"Value error, should be 18 to {MOST}, which onnxscript {onnxscript.__version__} and onnxruntime "
+        f"{onnxruntime.__version__} know, found {MOST + 1}; torch's own default if left out"
+    )
+
+
+def test_an_opset_that_onnxruntime_does_not_load_is_not_offered(monkeypatch):
+    load = onnxruntime.InferenceSession
+
+    def older(model, *rest):
+        if onnx.load_model_from_string(model).opset_import[0].version > 20:
+            raise RuntimeError("under development")
+        return load(model, *rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", older)
+    assert opsets.explain(20) is None
+    assert str(opsets.explain(21)).startswith("should be 18 to 20, which ")
+
+
+def test_an_opset_is_taken_as_it_is_where_it_cannot_be_tried_or_was_written_elsewhere(monkeypatch):
+    assert ONNX.model_validate_json('{"opset": 40}').opset == 40  # a manifest's
+    monkeypatch.setattr("compressor_onnx.find_spec", lambda _: None)
+    assert ONNX(opset=40).opset == 40
 
 
 def test_the_stated_tolerances_are_those_in_the_help():

@@ -16,6 +16,7 @@ from compressor.errors import CompressorError
 from compressor.onnx_files import check, graph, mend, pieces, writing
 from compressor.onnx_files.writing import Settings
 from tests import tiny
+from tests.exporters.test_onnx import MOST
 
 diffusers: Any = tiny.diffusers
 transformers: Any = tiny.transformers
@@ -117,7 +118,8 @@ def test_a_half_of_the_autoencoder_has_its_own_layers_alone(half, tmp_path):
     other = {"encoder": "decoder", "decoder": "encoder"}[part]
     assert not any(name.startswith(f"{other}.") for name in layers(model))
     file = tmp_path / half / "model.onnx"
-    assert writing.bytes_of([piece_of(half, vae=module)], Settings()) == pytest.approx(file.stat().st_size, rel=0.9)
+    taken = file.stat().st_size
+    assert taken <= writing.bytes_of([piece_of(half, vae=module)], Settings()) < 3 * taken  # more names than weights
 
 
 def test_an_autoencoder_that_must_not_be_halved_stays_in_float32():
@@ -145,13 +147,7 @@ def test_bfloat16_is_written_and_onnxruntimes_cpu_provider_does_not_take_it(tmp_
     )
 
 
-def test_a_bfloat16_export_for_onnxruntime_is_refused(tmp_path):
-    with pytest.raises(CompressorError, match=r"^dtype: onnxruntime's CPU provider, which proves every file, takes no"):
-        ONNX(dtype="bfloat16").export(tiny.load("sd3"), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("opset", [18, 21, 23])
+@pytest.mark.parametrize("opset", [18, 21, 23, MOST])
 def test_every_piece_is_in_the_operator_set_asked_for(opset, tmp_path):
     piece = piece_of("text_encoder", text_encoder=tiny._t5())
     file = tmp_path / "text_encoder" / "model.onnx"
@@ -199,7 +195,7 @@ def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
     with pytest.raises(CompressorError) as error:
         ONNX(components=("vae_decoder",)).export(loaded, tmp_path)
     assert str(error.value) == (
-        f"the files of vae_decoder need 9.58 kB on the disk of {tmp_path}, found 1.00 kB free; nothing was written"
+        f"the files of vae_decoder need 150 kB on the disk of {tmp_path}, found 1.00 kB free; nothing was written"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -29,6 +29,7 @@ from compressor.recipe import Model, Recipe
 from compressor.report import read
 from compressor.run import run
 from compressor.structure import find_groups, remove
+from compressor.units import size
 from tests import tiny
 from tests.exporters import networks
 
@@ -104,12 +105,13 @@ def test_every_family_is_built_sparse_and_shrunk(make: str, how: str, tmp_path: 
 
 @rtx
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(monkeypatch, tmp_path):
+    pipeline = networks.pipeline_of(networks.sd3_medium())
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(CompressorError) as error:
-        TensorRT(runtime="tensorrt_rtx").export(networks.pipeline_of(networks.sd3_medium()), tmp_path)
+        TensorRT(runtime="tensorrt_rtx").export(pipeline, tmp_path)
     assert str(error.value) == (
-        f"engines and the largest ONNX file need 0.0 GB on the disk of {tmp_path}, "
-        "found 0.0 GB free; nothing was written"
+        f"engines and the largest ONNX file need {size(TensorRT(runtime='tensorrt_rtx').space(pipeline))} "
+        f"on the disk of {tmp_path}, found 10.0 kB free; nothing was written"
     )
     assert not list(tmp_path.iterdir())
 
@@ -171,6 +173,8 @@ def test_a_run_exports_and_its_report_tells_each_sparse_layer(tmp_path: Path) ->
     output = run(recipe, tiny.quiet())
     (told,) = read(output / "report.json").exports
     assert "tensorrt/transformer/model.engine" in told.files
+    taken = sum(file.stat().st_size for file in (output / "tensorrt").rglob("*") if file.is_file())
+    assert taken <= recipe.export[0].space(tiny.load("sd3")) < 3 * taken
     sparse = told.checks["transformer"]["sparse"]
     assert all(facts["holds"] and facts["layer"] for facts in sparse.values())
     page = (output / "report.html").read_text(encoding="utf-8")
