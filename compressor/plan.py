@@ -133,7 +133,7 @@ def plan(recipe: Recipe) -> Plan:
     given = recipe.calibration
     height, width = size_of(recipe, folder)
     seen = trace_at(twin, recipe, folder)
-    linears = find_targets(twin, folder.family)
+    linears = find_targets(twin, folder.family, adaln=True)
     texts = 0
     if given is not None:
         texts = min(len(prompts.read(given.prompts, "calibration")), given.samples)

@@ -369,7 +369,7 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family, seen: Tr
         CompressorError: if a pattern matches nothing, or a pruner leaves out all layers that it is given, or cannot
             prune one of the others.
     """
-    linears = find_targets(module, family)
+    linears = find_targets(module, family, adaln=True)
     entries = []
     for i, entry in enumerate(recipe.prune):
         try:
@@ -384,6 +384,12 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family, seen: Tr
             removals = entry.pruner.removals(component)
         except CompressorError as error:
             raise CompressorError(f"prune[{i}]: {error}") from None
+        modulating = next((target.name for target in targets if target.layer.part == "adaln"), None)
+        if removals and modulating is not None:
+            raise CompressorError(
+                f"prune[{i}].targets: adaln has no effect where heads and neurons leave, found {modulating}; leave it "
+                "out, or give the adaLN linears an entry of their own"
+            )
         plugin = Choice("pruner").name(entry.pruner)
         entries.append(Entry(f"prune[{i}]", plugin, entry.pruner, component, removals, left_out))
     return tuple(entries)

@@ -408,7 +408,8 @@ def explain_rank(
     """A warning if some layers see fewer distinct tokens than they have inputs, or None.
 
     An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step. Of
-    a share of its tokens other ones are drawn at every step.
+    a share of its tokens other ones are drawn at every step. An adaLN linear's is made of the timestep and of the
+    prompt, so that of the empty prompt is the same for all samples.
 
     Args:
         targets: the layers.
@@ -422,11 +423,10 @@ def explain_rank(
     short: list[tuple[float, Target, int]] = []
     for target in targets:
         constant = target.name in trace.constant
+        alone = constant or target.layer.part == "adaln"  # of the noise, so that all empty prompts give the same
+        texts = prompts + copies - 1 if alone else prompts * copies
         drawn = max(1, round(share * trace.tokens[target.name]))
-        if constant:
-            tokens = min(drawn * steps, trace.tokens[target.name]) * (prompts + copies - 1)
-        else:
-            tokens = drawn * prompts * copies * steps
+        tokens = texts * (min(drawn * steps, trace.tokens[target.name]) if constant else drawn * steps)
         if tokens < target.inputs:
             short.append((target.inputs / tokens, target, tokens))
     if not short:

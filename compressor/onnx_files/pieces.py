@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.structure.family import like
+from compressor.structure.family import find_targets, like
 
 if TYPE_CHECKING:
     from compressor.pipeline import Pipeline
@@ -135,7 +135,7 @@ def network(pipeline: Pipeline) -> Piece:
         ("batch", "height", "width", "sequence"),
         unit_of(config),
         config["pos_embed_max_size"] * config["patch_size"] if config.get("pos_embed_max_size") else float("inf"),
-        targets=tuple(pipeline.targets),
+        targets=find_targets(pipeline.module, pipeline.family, adaln=True),
     )
 
 

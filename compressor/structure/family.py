@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 
-Part = Literal["attention", "feed_forward"]
-Role = Literal["query", "key", "value", "output", "up", "down"]
+Part = Literal["attention", "feed_forward", "adaln"]
+Role = Literal["query", "key", "value", "output", "up", "down", "modulation"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Layer:
 
     Attributes:
         suffix: the linear's name inside its block, such as `attn.to_q`.
-        part: attention or feed-forward.
+        part: attention, feed-forward, or adaLN: the linear that makes a norm's scales and shifts of an embedding of
+            timestep and prompt, one vector a sample.
         role: what it is there.
         stream: the token stream that it belongs to: `image`, `text`, or `joint` where they are one sequence.
         stage: its place in the block's order of execution; layers of one stage run side by side.
@@ -219,8 +220,13 @@ class Component:
     targets: tuple[Target, ...]
 
 
-def find_targets(module: nn.Module, family: Family) -> tuple[Target, ...]:
+def find_targets(module: nn.Module, family: Family, *, adaln: bool = False) -> tuple[Target, ...]:
     """Every linear of the module that the family's table knows, in order of execution.
+
+    Args:
+        module: the network.
+        family: its table.
+        adaln: the adaLN linears as well, which nothing takes unless it is told to.
 
     Raises:
         CompressorError: if the table fits no layer, or a layer that it names is not a plain Linear.
@@ -232,7 +238,7 @@ def find_targets(module: nn.Module, family: Family) -> tuple[Target, ...]:
             for row in sorted(table.layers, key=lambda row: row.stage):
                 name = f"{block}.{row.suffix}"
                 layer = modules.get(name)
-                if layer is None:
+                if layer is None or (row.part == "adaln" and not adaln):
                     continue
                 found.append(Target(name, _plain(name, layer), block, row))
     if not found:
@@ -245,17 +251,23 @@ def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple
 
     A pattern is a part (`attention`, `feed_forward`), a role (`query`, ...), a stream (`text`), a layer's or a block's
     dotted name, or `re:` and a regular expression searched for in the name. `attention` and `feed_forward` together are
-    every layer, also where there are only those of one.
+    every other layer, also where there are only those of one. The adaLN linears are taken by `adaln`, `modulation` or
+    their own name alone, so that patterns for blocks and streams go on meaning what computes on tokens.
 
     Raises:
         CompressorError: if a pattern matches no layer, or nothing is left.
     """
-    parts = set(get_args(Part))
+    parts = set(get_args(Part)) - {"adaln"}
     chosen: set[str] = set()
     dropped: set[str] = set()
     for patterns, names_found in ((include, chosen), (exclude, dropped)):
         for pattern in patterns:
-            hits = {target.name for target in targets if _matches(pattern, target)}
+            hits = {
+                target.name
+                for target in targets
+                if _matches(pattern, target)
+                and (patterns is exclude or target.layer.part != "adaln" or pattern in _names(target))
+            }
             if not hits and not (pattern in parts and parts <= set(patterns)):
                 known = sorted({word for t in targets for word in (t.layer.part, t.layer.role, t.layer.stream)})
                 raise CompressorError(
@@ -267,6 +279,11 @@ def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple
     if not left:
         raise CompressorError(f"targets: exclude leaves none of the {len(chosen)} layers that include chose")
     return left
+
+
+def _names(adaln: Target) -> tuple[str, ...]:
+    """What includes an adaLN linear."""
+    return adaln.layer.part, adaln.layer.role, adaln.name
 
 
 def _plain(name: str, layer: nn.Module) -> nn.Linear:

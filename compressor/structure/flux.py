@@ -45,18 +45,20 @@ FAMILY = Family(
         BlockTable(
             r"transformer_blocks\.\d+",
             (
-                Layer("attn.to_q", "attention", "query", "image", 0),
-                Layer("attn.to_k", "attention", "key", "image", 0),
-                Layer("attn.to_v", "attention", "value", "image", 0),
-                Layer("attn.add_q_proj", "attention", "query", "text", 0),
-                Layer("attn.add_k_proj", "attention", "key", "text", 0),
-                Layer("attn.add_v_proj", "attention", "value", "text", 0),
-                Layer("attn.to_out.0", "attention", "output", "image", 1),
-                Layer("attn.to_add_out", "attention", "output", "text", 1),
-                Layer("ff.net.0.proj", "feed_forward", "up", "image", 2),
-                Layer("ff_context.net.0.proj", "feed_forward", "up", "text", 2),
-                Layer("ff.net.2", "feed_forward", "down", "image", 3),
-                Layer("ff_context.net.2", "feed_forward", "down", "text", 3),
+                Layer("norm1.linear", "adaln", "modulation", "image", 0),
+                Layer("norm1_context.linear", "adaln", "modulation", "text", 0),
+                Layer("attn.to_q", "attention", "query", "image", 1),
+                Layer("attn.to_k", "attention", "key", "image", 1),
+                Layer("attn.to_v", "attention", "value", "image", 1),
+                Layer("attn.add_q_proj", "attention", "query", "text", 1),
+                Layer("attn.add_k_proj", "attention", "key", "text", 1),
+                Layer("attn.add_v_proj", "attention", "value", "text", 1),
+                Layer("attn.to_out.0", "attention", "output", "image", 2),
+                Layer("attn.to_add_out", "attention", "output", "text", 2),
+                Layer("ff.net.0.proj", "feed_forward", "up", "image", 3),
+                Layer("ff_context.net.0.proj", "feed_forward", "up", "text", 3),
+                Layer("ff.net.2", "feed_forward", "down", "image", 4),
+                Layer("ff_context.net.2", "feed_forward", "down", "text", 4),
             ),
             (
                 Heads(
@@ -82,11 +84,12 @@ FAMILY = Family(
         BlockTable(
             r"single_transformer_blocks\.\d+",
             (
-                Layer("attn.to_q", "attention", "query", "joint", 0),
-                Layer("attn.to_k", "attention", "key", "joint", 0),
-                Layer("attn.to_v", "attention", "value", "joint", 0),
-                Layer("proj_mlp", "feed_forward", "up", "joint", 0),
-                Layer("proj_out", "feed_forward", "down", "joint", 1),
+                Layer("norm.linear", "adaln", "modulation", "joint", 0),
+                Layer("attn.to_q", "attention", "query", "joint", 1),
+                Layer("attn.to_k", "attention", "key", "joint", 1),
+                Layer("attn.to_v", "attention", "value", "joint", 1),
+                Layer("proj_mlp", "feed_forward", "up", "joint", 1),
+                Layer("proj_out", "feed_forward", "down", "joint", 2),
             ),
             (
                 Heads(
@@ -108,6 +111,7 @@ FAMILY = Family(
                 ),
             ),
         ),
+        BlockTable("norm_out", (Layer("linear", "adaln", "modulation", "image", 0),)),
     ),
     inputs=example_inputs,
     prompting=(

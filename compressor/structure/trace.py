@@ -46,7 +46,7 @@ def trace(twin: nn.Module, family: Family, *, height: int, width: int, sequence:
     Raises:
         CompressorError: if the forward does not run one of the table's layers.
     """
-    targets = find_targets(twin, family)
+    targets = find_targets(twin, family, adaln=True)
     arguments = family.inputs(twin, batch=1, height=height, width=width, sequence=sequence)
     given = {id(value) for value in arguments.values()}
     seen: dict[str, Tensor] = {}  # holding the tensors keeps their ids apart
