@@ -45,8 +45,9 @@ class Row:
 
     Attributes:
         entry: its place in the recipe.
-        pruner: the plugin and the options that differ from its defaults.
+        pruner: the plugin, the options that differ from its defaults, and its targets where they do.
         sparsity: share of the weights of the layers it changed that left or are zero.
+        network: share of all the network's parameters that left or are zero, those included that were zero before.
         parameters: of the network, after.
         operations: multiply-adds of one forward, after, as a dense kernel does them.
         seconds: calibration and solving, without drawing.
@@ -58,6 +59,7 @@ class Row:
     entry: str
     pruner: str
     sparsity: float
+    network: float
     parameters: int
     operations: int
     seconds: float
@@ -107,6 +109,7 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
     dense = job.draw(progress, "drawing, dense")
     targets = {target.name: target for entry in job.entries for target in entry.layers}
     original = Snapshot(targets.values(), [group for entry in job.entries for group in entry.removals])
+    whole = sum(p.numel() for p in job.pipeline.module.parameters())
     rows: list[Row] = []
     above: list[_Measured] = []
     for number, entry in enumerate(job.entries, start=1):
@@ -132,6 +135,7 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
                 entry=entry.where,
                 pruner=_describe(recipe, number - 1),
                 sparsity=report.sparsity(pruned.layers)[1],
+                network=1 - sum(int(p.count_nonzero()) for p in job.pipeline.module.parameters()) / whole,
                 parameters=sum(p.numel() for p in job.pipeline.module.parameters()),
                 operations=_operations(job, number - 1),
                 seconds=seconds,
@@ -188,10 +192,10 @@ def table(rows: tuple[Row, ...], names: tuple[str, ...]) -> str:
     The ratio stands in the last column but one, with the number of the row that it is to.
     """
     lines = [
-        "| row | pruner | gone | parameters | operations | "
+        "| row | pruner | gone | of the network | parameters | operations | "
         + " | ".join(name.partition(".")[2].replace("_", " ") for name in names)
         + " | latent error, of that of row | seconds |",
-        "| --- | --- | --- | --- | --- | " + " | ".join("---" for _ in names) + " | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | " + " | ".join("---" for _ in names) + " | --- | --- |",
     ]
     numbers = {row.entry: number for number, row in enumerate(rows, start=1)}
     for row in rows:
@@ -201,7 +205,7 @@ def table(rows: tuple[Row, ...], names: tuple[str, ...]) -> str:
             if row.ratio is None
             else f"{_with_error(row.ratio.mean, row.ratio.standard_error)} of {numbers[row.ratio.of]}"
         )
-        sizes = f"{row.sparsity:.1%} | {count(row.parameters)} | {count(row.operations)}"
+        sizes = f"{row.sparsity:.1%} | {row.network:.1%} | {count(row.parameters)} | {count(row.operations)}"
         lines.append(f"| {numbers[row.entry]} | {row.pruner} | {sizes} | {' | '.join(cells)} | {row.seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -219,10 +223,15 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _describe(recipe: Recipe, index: int) -> str:
-    """`obs_diff, sparsity 0.5, weighting uniform`: the options that were given."""
-    entry = recipe.dump()["prune"][index]
+    """`obs_diff, sparsity 0.5, weighting uniform, include adaln`: the options and targets that were given."""
+    entry, given = recipe.dump()["prune"][index], recipe.prune[index]
     name, options = next((key, value) for key, value in entry.items() if key != "targets")
-    return ", ".join([name, *_given(recipe.prune[index].pruner, options)])
+    chosen = [f"{key} {' + '.join(entry['targets'][key])}" for key in entry["targets"] if _differs(given.targets, key)]
+    return ", ".join([name, *_given(given.pruner, options), *chosen])
+
+
+def _differs(options: Options, key: str) -> bool:
+    return getattr(options, key) != type(options).model_fields[key].default
 
 
 def _given(plugin: Options, options: dict[str, Any]) -> list[str]:

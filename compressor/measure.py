@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from compressor.report import Size
-from compressor.structure import Trace
+from compressor.structure import Family, Trace, find_targets
 
 PACKAGES = (
     "diffusion-compressor",
@@ -86,6 +87,30 @@ def size(module: nn.Module, trace: Trace, folder: Path) -> Size:
         nonzero_operations=trace.macs - saved,
         bytes=sum(f.stat().st_size for f in folder.glob("*.safetensors")),
     )
+
+
+@dataclass(frozen=True)
+class Part:
+    """How many linears and parameters there are of one part, and how many of these are not zero."""
+
+    layers: int
+    parameters: int
+    nonzero: int
+
+
+@torch.no_grad()
+def parts(module: nn.Module, family: Family) -> dict[str, Part]:
+    """Counts the weights of the family's linears by part, in order of execution, and at last all `other` parameters."""
+    found: dict[str, Part] = {}
+    for target in find_targets(module, family, adaln=True):
+        weight, so_far = target.module.weight, found.get(target.layer.part, Part(0, 0, 0))
+        found[target.layer.part] = Part(
+            so_far.layers + 1, so_far.parameters + weight.numel(), so_far.nonzero + int(weight.count_nonzero())
+        )
+    every = list(module.parameters())
+    parameters = sum(p.numel() for p in every) - sum(part.parameters for part in found.values())
+    nonzero = sum(int(p.count_nonzero()) for p in every) - sum(part.nonzero for part in found.values())
+    return found | {"other": Part(0, parameters, nonzero)}
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compressor import pipeline as pipelines
@@ -78,6 +79,23 @@ class PlannedPruning:
 
 
 @dataclass(frozen=True)
+class PlannedPart:
+    """All linears of one part, pruned or not, or all other parameters: what a share of the network is made of.
+
+    Attributes:
+        name: `attention`, `feed_forward`, `adaln`, or `other`: convolutions, embeddings, norms and all biases.
+        layers: how many linears; 0 of `other`.
+        parameters: before.
+        gone: how many will leave or be zero.
+    """
+
+    name: str
+    layers: int
+    parameters: int
+    gone: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe would do.
 
@@ -87,10 +105,11 @@ class Plan:
         family: the table that named its layers.
         height: pixels.
         width: pixels.
-        linears: how many layers the family's table found.
+        linears: how many layers the family's table found, those of adaLN apart.
         parameters: of the network.
         parameters_after: when heads and neurons have left.
         zeros: weights that will be zero.
+        parts: of the network, in order of execution, and at last `other`.
         macs: multiply-adds of one forward of one sample.
         macs_after: when heads and neurons have left.
         nonzero_macs: the same, without those whose weight will be zero.
@@ -109,6 +128,7 @@ class Plan:
     parameters: int
     parameters_after: int
     zeros: int
+    parts: tuple[PlannedPart, ...]
     macs: int
     macs_after: int
     nonzero_macs: int
@@ -145,6 +165,7 @@ def plan(recipe: Recipe) -> Plan:
     ]
     entries = []
     zeros: dict[str, int] = {}
+    removed: dict[str, int] = {}
     found = enter(recipe, folder.network, twin, folder.family, seen)
     check_apart(found)
     warnings += explain_left_out(found)
@@ -153,10 +174,13 @@ def plan(recipe: Recipe) -> Plan:
         entries.append(planned)
         warnings += [note for note in notes if note not in warnings]
         zeros |= {layer.name: layer.zeros for layer in planned.layers}
+        removed |= {layer.name: layer.removed for layer in planned.layers}
     parameters = sum(p.numel() for p in twin.parameters())
+    before = [(target.layer.part, target.name, target.module.weight.numel()) for target in linears]
     overrides = check_table(found, recipe, folder)
     after = trace_at(twin, recipe, folder) if shrink_twin(found) else seen
     weights = {target.name: target.module.weight.numel() for target in linears}
+    parameters_after = sum(p.numel() for p in twin.parameters())
     saved = sum(after.macs_of[name] * count // weights[name] for name, count in zeros.items())
     return Plan(
         source=recipe.model.source,
@@ -164,10 +188,11 @@ def plan(recipe: Recipe) -> Plan:
         family=folder.family.name,
         height=height,
         width=width,
-        linears=len(linears),
+        linears=sum(target.layer.part != "adaln" for target in linears),
         parameters=parameters,
-        parameters_after=sum(p.numel() for p in twin.parameters()),
+        parameters_after=parameters_after,
         zeros=sum(zeros.values()),
+        parts=_plan_parts(before, zeros, removed, parameters, parameters_after),
         macs=seen.macs,
         macs_after=after.macs,
         nonzero_macs=after.macs - saved,
@@ -176,6 +201,27 @@ def plan(recipe: Recipe) -> Plan:
         overrides=overrides,
         warnings=tuple(warnings),
     )
+
+
+def _plan_parts(
+    weights: list[tuple[str, str, int]],
+    zeros: Mapping[str, int],
+    removed: Mapping[str, int],
+    parameters: int,
+    parameters_after: int,
+) -> tuple[PlannedPart, ...]:
+    """What becomes of each part, of the part, name and weights of all linears, as they were."""
+    parts = tuple(
+        PlannedPart(
+            name=part,
+            layers=sum(of == part for of, _, _ in weights),
+            parameters=sum(count for of, _, count in weights if of == part),
+            gone=sum(zeros.get(name, 0) + removed.get(name, 0) for of, name, _ in weights if of == part),
+        )
+        for part in dict.fromkeys(part for part, _, _ in weights)
+    )
+    others = parameters - sum(part.parameters for part in parts)
+    return (*parts, PlannedPart("other", 0, others, parameters - parameters_after - sum(removed.values())))
 
 
 def _plan_entry(

@@ -15,6 +15,7 @@ from compressor.units import count, percent, several, size
 def as_json(plan: Plan) -> str:
     """Everything in the plan; a package is given by its layers and bytes."""
     data = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    data["parts"] = [asdict(part) for part in plan.parts]
     data["entries"] = [
         {
             "pruner": entry.pruner,
@@ -46,6 +47,7 @@ def as_text(plan: Plan, *, layers: bool) -> str:
         f"network       {plan.network}, family {plan.family}, {plan.linears} linears that can be pruned",
         f"size          {plan.width} x {plan.height} pixels",
         f"parameters    {_after(plan.parameters, plan.parameters_after, plan.parameters_after - plan.zeros)}",
+        *([_parts(plan)] if plan.entries else []),
         f"operations    {_after(plan.macs, plan.macs_after, plan.nonzero_macs)}; multiply-adds a forward",
     ]
     for entry in plan.entries:
@@ -53,6 +55,15 @@ def as_text(plan: Plan, *, layers: bool) -> str:
     lines += ["", *(f"dependency graph: {line}" for line in plan.overrides)] if plan.overrides else []
     lines += ["", *(f"warning: {warning}" for warning in plan.warnings)] if plan.warnings else []
     return "\n".join(lines) + "\n"
+
+
+def _parts(plan: Plan) -> str:
+    """Which share of the whole network leaves or becomes zero, and of which part of it."""
+    removed = plan.parameters_after < plan.parameters
+    word = "gone or zero" if removed and plan.zeros else "gone" if removed else "zero"
+    gone = sum(part.gone for part in plan.parts) / plan.parameters
+    each = (f"{part.name} {percent(part.gone / part.parameters)} of {count(part.parameters)}" for part in plan.parts)
+    return f"{word:<13} {percent(gone)} of the network: {', '.join(each)}"
 
 
 def _after(before: int, after: int, nonzero: int) -> str:

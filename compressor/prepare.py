@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,9 @@ from compressor.structure import (
 from compressor.units import several
 
 Drawn = tuple[Tensor, Tensor]
+
+_NO_UNITS = "adaLN, which has neither heads nor neurons"
+"""Why a structured pruner leaves a layer as it is."""
 
 
 @dataclass(frozen=True)
@@ -384,12 +387,10 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family, seen: Tr
             removals = entry.pruner.removals(component)
         except CompressorError as error:
             raise CompressorError(f"prune[{i}]: {error}") from None
-        modulating = next((target.name for target in targets if target.layer.part == "adaln"), None)
-        if removals and modulating is not None:
-            raise CompressorError(
-                f"prune[{i}].targets: adaln has no effect where heads and neurons leave, found {modulating}; leave it "
-                "out, or give the adaLN linears an entry of their own"
-            )
+        if removals:
+            whole = {target.name: _NO_UNITS for target in targets if target.layer.part == "adaln"}
+            component = replace(component, targets=tuple(t for t in targets if t.name not in whole))
+            left_out |= whole
         plugin = Choice("pruner").name(entry.pruner)
         entries.append(Entry(f"prune[{i}]", plugin, entry.pruner, component, removals, left_out))
     return tuple(entries)

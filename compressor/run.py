@@ -42,6 +42,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False, ranks: R
     weights = job.pipeline.folder.path / pipeline.component_name
     with watch.phase("measure"):
         before = measure.size(pipeline.module, job.trace, weights)
+        parts_before = measure.parts(pipeline.module, pipeline.family)
     with watch.phase("draw"):
         dense = job.draw(progress, "drawing, dense")
 
@@ -64,7 +65,8 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False, ranks: R
     with watch.phase("measure"):
         figures, notes = report.measure(job.metrics, pairs) if pairs else ({}, ())
         after = measure.size(pipeline.module, job.trace_after, output / pipeline.component_name)
-    facts = _facts(job, done, report.Sizes(before, after), watch, figures, notes)
+        parts = _parts(parts_before, measure.parts(pipeline.module, pipeline.family)) if done else ()
+    facts = _facts(job, done, report.Sizes(before, after), parts, watch, figures, notes)
     if processes > 1:
         facts = replace(
             facts,
@@ -132,6 +134,7 @@ def _facts(
     job: Prepared,
     done: list[Pruned],
     sizes: report.Sizes,
+    parts: tuple[report.PartRow, ...],
     watch: Stopwatch,
     figures: dict[str, dict[str, float]],
     notes: tuple[str, ...],
@@ -163,6 +166,7 @@ def _facts(
         ),
         layers=tuple(row for pruned in done for row in pruned.layers),
         structure=_structure(job, done),
+        parts=parts,
         sizes=sizes,
         times=dict(watch.seconds),
         peak_memory=measure.peak_memory(),
@@ -174,6 +178,14 @@ def _facts(
             *(job.calibration.facts.warnings if job.calibration else _explain_idle(recipe)),
             *notes,
         ),
+    )
+
+
+def _parts(before: dict[str, measure.Part], after: dict[str, measure.Part]) -> tuple[report.PartRow, ...]:
+    """What became of each part of the network."""
+    return tuple(
+        report.PartRow(name, part.layers, part.parameters, part.nonzero, after[name].nonzero)
+        for name, part in before.items()
     )
 
 

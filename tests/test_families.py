@@ -38,6 +38,36 @@ def test_the_table_finds_every_linear_of_every_block_and_no_other(kind):
     assert pipeline.component_name == tiny.NETWORK[kind]
 
 
+ADALN = {"sd3": 2 * 2 + 1, "sd35": 2 * 2 + 1, "flux": 2 + 2 + 1}
+"""A norm for each stream of each block, one for each of Flux's single blocks, and the one behind all blocks."""
+
+
+def everything(kind: str) -> tuple[Target, ...]:
+    pipeline = tiny.load(kind)
+    return find_targets(pipeline.module, pipeline.family, adaln=True)
+
+
+@KINDS
+def test_the_adaln_linears_are_those_of_the_norms_and_come_only_when_asked_for(kind):
+    pipeline = tiny.load(kind)
+    found = find_targets(pipeline.module, pipeline.family, adaln=True)
+    adaln = [target for target in found if target.layer.part == "adaln"]
+    expected = {
+        name
+        for name, module in pipeline.module.named_modules()
+        if isinstance(module, nn.Linear) and re.search(r"(^|\.)norm\w*\.linear$", name)
+    }
+    assert {target.name for target in adaln} == expected
+    assert len(adaln) == ADALN.get(kind, 0)
+    assert [target.name for target in found if target not in adaln] == [target.name for target in pipeline.targets]
+    for target in adaln:
+        assert target.layer.role == "modulation"
+        assert target.name == f"{target.block}.{target.layer.suffix}"
+        assert target.layer.stream == (
+            "text" if "context" in target.name else "joint" if "single" in target.name else "image"
+        )
+
+
 COUNTS = {"sd3": 12 + 9, "sd35": 12 + 4 + 9, "sd2": 4 * 10, "sdxl": 8 * 10, "flux": 12 + 2 * 5}
 
 
@@ -86,8 +116,9 @@ def test_streams_tell_the_tokens_apart(kind):
 
 @torch.no_grad()
 def inputs_of_all(pipeline: Pipeline, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    seen: dict[str, list[Tensor]] = {target.name: [] for target in pipeline.targets}
-    handles = [tiny.record_inputs(target.module, seen[target.name]) for target in pipeline.targets]
+    targets = find_targets(pipeline.module, pipeline.family, adaln=True)
+    seen: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+    handles = [tiny.record_inputs(target.module, seen[target.name]) for target in targets]
     pipeline.module(**arguments)
     for handle in handles:
         handle.remove()
@@ -101,8 +132,9 @@ def test_a_unit_depends_on_no_unit_behind_it_and_not_on_itself(kind):
     torch.manual_seed(0)
     arguments = pipeline.family.inputs(pipeline.module, batch=1, height=8, width=8, sequence=16)
     before = inputs_of_all(pipeline, arguments)
+    targets = find_targets(pipeline.module, pipeline.family, adaln=True)
     units: dict[tuple[str, int], list[Target]] = {}
-    for target in pipeline.targets:
+    for target in targets:
         units.setdefault(target.unit, []).append(target)
     reached: list[str] = []
     for unit in units.values():
@@ -114,8 +146,8 @@ def test_a_unit_depends_on_no_unit_behind_it_and_not_on_itself(kind):
         for target, weight_OI in zip(unit, kept, strict=True):
             target.module.weight.data = weight_OI
         assert all(torch.equal(before[name], after[name]) for name in reached)
-        if unit[0].name.endswith("to_out.0"):
-            behind = [target.name for target in pipeline.targets if target.name not in reached]
+        if unit[0].name.endswith(("to_out.0", "norm1.linear")):
+            behind = [target.name for target in targets if target.name not in reached]
             assert not all(torch.equal(before[name], after[name]) for name in behind)
 
 
@@ -202,28 +234,62 @@ def test_a_network_without_any_known_layer_is_refused():
 
 
 def select_names(include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> list[str]:
-    return [target.name for target in select(tiny.load("sd3").targets, include, exclude)]
+    return [target.name for target in select(everything("sd3"), include, exclude)]
 
 
 def test_layers_are_selected_by_part_role_stream_block_name_or_expression():
-    everything = [target.name for target in tiny.load("sd3").targets]
-    text = [name for name in everything if ".add_" in name or "to_add" in name or "ff_context" in name]
+    of_tokens = [target.name for target in tiny.load("sd3").targets]
+    text = [name for name in of_tokens if ".add_" in name or "to_add" in name or "ff_context" in name]
     block = "transformer_blocks.1"
-    assert select_names(("attention", "feed_forward")) == everything
-    assert select_names(("up",)) == [n for n in everything if n.endswith("net.0.proj")]
+    assert select_names(("attention", "feed_forward")) == of_tokens
+    assert select_names(("up",)) == [n for n in of_tokens if n.endswith("net.0.proj")]
     assert select_names(("text",)) == text
-    assert select_names((block,)) == [n for n in everything if n.startswith(block + ".")]
+    assert select_names((block,)) == [n for n in of_tokens if n.startswith(block + ".")]
     assert select_names((f"{block}.attn.to_q",)) == [f"{block}.attn.to_q"]
     assert select_names((f"{block}.ff",)) == [f"{block}.ff.net.0.proj", f"{block}.ff.net.2"]
-    assert select_names((r"re:\.to_[qk]$",), ("key",)) == [n for n in everything if n.endswith(".to_q")]
+    assert select_names((r"re:\.to_[qk]$",), ("key",)) == [n for n in of_tokens if n.endswith(".to_q")]
+
+
+def test_adaln_linears_are_included_by_patterns_that_match_nothing_else():
+    adaln = [target.name for target in everything("sd3") if target.layer.part == "adaln"]
+    of_tokens = [target.name for target in tiny.load("sd3").targets]
+    assert select_names(("adaln",)) == select_names(("modulation",)) == select_names((r"re:\.linear$",)) == adaln
+    assert select_names(("norm_out",)) == ["norm_out.linear"]
+    assert select_names(("transformer_blocks.1.norm1",)) == ["transformer_blocks.1.norm1.linear"]
+    assert set(select_names(("attention", "feed_forward", "adaln"))) == {*of_tokens, *adaln}
+    assert not set(select_names(("image", "transformer_blocks.0", "re:."))) & set(adaln)
+    first = [name for name in adaln if name.startswith("transformer_blocks.0.")]
+    assert select_names(("adaln",), ("transformer_blocks.0",)) == [name for name in adaln if name not in first]
+    assert select_names(("adaln",), ("text",)) == [name for name in adaln if "context" not in name]
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+@pytest.mark.parametrize("pattern", ["adaln", "modulation"])
+def test_a_network_without_adaln_says_so(kind, pattern):
+    with pytest.raises(CompressorError) as caught:
+        select(everything(kind), ("attention", pattern), ())
+    count = len(tiny.load(kind).targets)
+    assert str(caught.value) == (
+        f"targets: '{pattern}' matches none of the {count} layers: no adaLN linears of this network are known; "
+        "leave it out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("adaLN", "adaln"), ("feedforward", "feed_forward"), ("querry", "query"), ("images", "image")]
+)
+def test_a_misspelt_group_is_told_the_right_one(wrong, right):
+    with pytest.raises(CompressorError) as caught:
+        select_names((wrong,))
+    assert str(caught.value) == f"targets: '{wrong}' matches none of the 21 layers; did you mean '{right}'?"
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(CompressorError) as caught:
         select_names(("attention",), ("blocks.7",))
     assert str(caught.value) == (
-        "targets: 'blocks.7' matches none of the 21 layers; a pattern is one of attention, down, feed_forward, image, "
-        "key, output, query, text, up, value, the name of a layer or block such as "
+        "targets: 'blocks.7' matches none of the 21 layers; a pattern is one of adaln, attention, down, feed_forward, "
+        "image, key, modulation, output, query, text, up, value, the name of a layer or block such as "
         "'transformer_blocks.0.attn.to_q', or re:REGEX"
     )
 

@@ -16,6 +16,7 @@ import yaml
 from compressor import plan_table, recipe
 from compressor.errors import CompressorError
 from compressor.plan import Plan, plan
+from compressor.units import count, percent
 
 SD3: dict[str, Any] = {
     "_class_name": "SD3Transformer2DModel",
@@ -173,6 +174,52 @@ def test_half_of_every_layer_becomes_zero(large):
     assert large.zeros == weights // 2
 
 
+def test_the_parts_of_a_network_add_up_and_are_those_counted_by_hand(timed, large):
+    width = 2432
+    norms = (37 * 2 * 6 + 6 + 2 + 2) * width**2  # scale, shift and gate twice; the last text and the end have no gate
+    parts = {part.name: part for part in large.parts}
+    assert list(parts) == ["adaln", "attention", "feed_forward", "other"]
+    assert (parts["adaln"].parameters, parts["adaln"].layers, parts["adaln"].gone) == (norms, 38 * 2 + 1, 0)
+    for name in ("attention", "feed_forward"):
+        assert parts[name].gone == parts[name].parameters // 2
+    assert sum(part.parameters for part in large.parts) == large.parameters
+    assert sum(part.gone for part in large.parts) == large.zeros
+    assert (parts["other"].layers, parts["other"].gone) == (0, 0)
+    unet = {part.name: part for part in timed("sdxl")[0].parts}
+    assert list(unet) == ["attention", "feed_forward", "other"]
+
+
+def test_with_adaln_half_is_half_of_nearly_everything(short):
+    asked = {"targets": {"include": ["attention", "feed_forward", "adaln"]}}
+    without, found = planned(short), planned(short, entry={"obs_diff": {"sparsity": 0.5}} | asked)
+    for part in found.parts:
+        assert part.gone == (0 if part.name == "other" else part.parameters // 2)
+    adaln = next(part for part in found.parts if part.name == "adaln")
+    assert found.zeros - without.zeros == adaln.parameters // 2
+    assert without.nonzero_macs - found.nonzero_macs == adaln.parameters // 2  # a product with one vector
+    assert found.linears == without.linears == len(without.entries[0].layers)
+    text = plan_table.as_text(found, layers=False)
+    each = ", ".join(
+        f"{part.name} {percent(part.gone / part.parameters)} of {count(part.parameters)}" for part in found.parts
+    )
+    assert f"zero          {percent(found.zeros / found.parameters)} of the network: {each}\n" in text
+    assert each.startswith("adaln 50.0 % of ")
+    assert "adaln image modulation" in text
+    data = json.loads(plan_table.as_json(found))
+    assert data["parts"][0] == {"name": "adaln", "layers": 9, "parameters": adaln.parameters, "gone": adaln.gone}
+
+
+def test_all_adaln_linears_of_a_package_share_their_moments(short):
+    found = planned(
+        short,
+        entry={"obs_diff": {"sparsity": 0.5}, "targets": {"include": ["adaln"]}},
+        packages=2,
+    )
+    assert [len(package.groups) for package in found.entries[0].packages] == [1, 1]
+    assert [package.moment_bytes for package in found.entries[0].packages] == [NARROW, NARROW]
+    assert sum(len(package.groups[0].targets) for package in found.entries[0].packages) == 9
+
+
 def test_the_operations_of_a_transformer_are_those_of_its_linears_and_its_attention(large):
     image, text, width = 64 * 64, 77 + 256, 2432
     linear = 38 * (image + text) * 12 * width**2 - text * 9 * width**2
@@ -275,7 +322,7 @@ def plan_of_tiny(changes: dict[str, Any]) -> Plan:
     [
         (
             {"obs_diff": {"sparsity": 0.5}, "targets": {"include": ["atention"]}},
-            "prune[0].targets: 'atention' matches none of the 21 layers; a pattern is one of attention, down, ",
+            "prune[0].targets: 'atention' matches none of the 21 layers; did you mean 'attention'?",
         ),
         (
             {"obs_diff": {"sparsity": 0.5}, "targets": {"exclude": ["re:nothing"]}},

@@ -280,8 +280,11 @@ def test_alternatives_are_each_tried_on_the_dense_network(tmp_path):
     planned = plan(recipe("sd3", tmp_path / "out", prune[0]))
     assert (rows[0].parameters, rows[0].operations) == (planned.parameters_after, planned.macs_after)
     assert (rows[1].parameters, rows[1].operations) == (planned.parameters, planned.macs)
+    zero_before = sum(int((p == 0).sum()) for p in tiny.load("sd3").module.parameters())
+    zeros = plan(recipe("sd3", tmp_path / "out", prune[1])).zeros + zero_before
+    assert rows[1].network == pytest.approx(zeros / planned.parameters)
     text = (tmp_path / "compared" / "compare.md").read_text()
-    assert text.startswith("| row | pruner | gone | parameters | operations | ")
+    assert text.startswith("| row | pruner | gone | of the network | parameters | operations | ")
 
 
 prune_by_l1 = L1Norm.prune

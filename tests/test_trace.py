@@ -9,6 +9,7 @@ import torch
 from compressor_obs_diff.weightings import Uniform
 from torch import Tensor, nn
 
+from compressor.structure import find_targets
 from tests import tiny
 
 KINDS = pytest.mark.parametrize("kind", list(tiny.KINDS))
@@ -40,6 +41,34 @@ def test_shared_inputs_tokens_and_constants_are_those_of_a_real_sampling(kind):
         assert trace.tokens[name] == math.prod(inputs[0].shape[:-1])
         constant = all(torch.equal(inputs[0], x) for x in inputs[1:])
         assert (name in trace.constant) == constant
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "flux"])
+def test_all_adaln_linears_are_fed_one_vector_a_sample_and_the_same_whatever_is_pruned(kind):
+    pipeline = tiny.load(kind)
+    found = find_targets(pipeline.module, pipeline.family, adaln=True)
+    adaln = [target for target in found if target.layer.part == "adaln"]
+    trace = tiny.traced(pipeline)
+    assert {trace.shared[target.name] for target in adaln} == {adaln[0].name}
+    assert {trace.tokens[target.name] for target in adaln} == {1}
+    assert not {target.name for target in adaln} & trace.constant
+    fed: dict[str, list[Tensor]] = {target.name: [] for target in adaln}
+    for target in adaln:
+        tiny.record_inputs(target.module, fed[target.name])
+    calibration = tiny.calibrate(pipeline, ("a cat", "rain"), steps=3, packages=1, guidance=1.0)
+    (package,) = calibration.packages(pipeline.targets[:1], "norms")
+    for halved in (False, True):
+        if halved:
+            for target in found:
+                target.module.weight.data[:, ::2] = 0
+        calibration.collect(package, "norms", Uniform())
+    for inputs in fed.values():
+        assert len(inputs) == 6
+        assert all(torch.equal(x, first) for x, first in zip(inputs, fed[adaln[0].name], strict=True))
+        assert all(torch.equal(x, again) for x, again in zip(inputs[:3], inputs[3:], strict=True))
+        assert inputs[0].shape == (2, adaln[0].inputs)
+        assert not torch.equal(inputs[0][0], inputs[0][1])  # of two prompts
+        assert not torch.equal(inputs[0], inputs[1])  # of two steps
 
 
 def test_only_the_prompts_embedding_is_constant():

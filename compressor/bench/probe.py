@@ -186,7 +186,7 @@ def _recipe(file: str, size: int | None) -> tuple[int, tuple[Target, ...], Trace
             if size is not None
             else f"{file}: should calibrate at a square size to be probed, found {width} x {height} pixels"
         )
-    every = find_targets(twin, folder.family)
+    every = find_targets(twin, folder.family, adaln=True)
     chosen = {target.name for entry in loaded.prune for target in select(every, *_patterns(entry))}
     targets = tuple(target for target in every if target.name in chosen)
     return height, targets, prepare.trace_at(twin, loaded, folder)

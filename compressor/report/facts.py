@@ -43,8 +43,8 @@ class LayerRow:
     Attributes:
         name: dotted name in the component.
         block: dotted name of its block, a prefix of `name`.
-        part: `attention` or `feed_forward`.
-        role: `query`, `key`, `value`, `output`, `up` or `down`.
+        part: `attention`, `feed_forward` or `adaln`.
+        role: `query`, `key`, `value`, `output`, `up`, `down` or `modulation`.
         stream: the token stream that it belongs to.
         pruner: the plugin's name.
         outputs: rows of the weight, as it is now.
@@ -201,6 +201,31 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class PartRow:
+    """All linears of one part, pruned or not, or all other parameters: what a share of the network is made of.
+
+    Attributes:
+        part: `attention`, `feed_forward`, `adaln`, or `other`: convolutions, embeddings, norms and all biases.
+        layers: how many linears; 0 of `other`.
+        parameters: before.
+        nonzero: how many of them are not zero, before.
+        left: how many are there and not zero, after.
+
+    """
+
+    part: str
+    layers: int
+    parameters: int
+    nonzero: int
+    left: int
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the parameters before that left or are zero."""
+        return share(self.parameters - self.left, self.parameters)
+
+
+@dataclass(frozen=True)
 class CalibrationFacts:
     """How the layers' inputs were gathered.
 
@@ -255,6 +280,7 @@ class Report:
         model: what was pruned.
         layers: those that changed, in order of execution.
         structure: heads and neurons that left; None if none did.
+        parts: of the network, in order of execution, and at last `other`; empty if nothing was pruned.
         sizes: of the component.
         times: seconds by phase: `load`, `encode` (prompts), `measure` (sizes and metrics), `draw`, `forwards` (of the
             calibration, with all else of sampling), `moments` (of the inputs, gathered in them), `solves` (the pruner's
@@ -278,6 +304,7 @@ class Report:
     times: dict[str, float]
     peak_memory: dict[str, int]
     structure: Structure | None = None
+    parts: tuple[PartRow, ...] = ()
     calibration: CalibrationFacts | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     exports: tuple[ExportFacts, ...] = ()
@@ -285,13 +312,13 @@ class Report:
     warnings: tuple[str, ...] = ()
 
     def dump(self) -> str:
-        """The report as JSON, in the order of the fields above; a layer's `sparsity` is written beside its counts.
+        """The report as JSON, in the order of the fields above, with the `sparsity` of layers and parts.
 
         A float that is not finite is written as a string (`"nan"`, `"inf"`), since JSON has no such numbers.
         """
         data = asdict(self)
-        for row, layer in zip(data["layers"], self.layers, strict=True):
-            row["sparsity"] = layer.sparsity
+        for row, found in zip((*data["layers"], *data["parts"]), (*self.layers, *self.parts), strict=True):
+            row["sparsity"] = found.sparsity
         return json.dumps(_finite(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 

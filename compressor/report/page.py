@@ -14,7 +14,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from compressor import units
 from compressor.plugin import Samples
 from compressor.report import heat, images
-from compressor.report.facts import GroupRow, LayerRow, ProofFacts, Report, Size, Sizes, Structure, share, sparsity
+from compressor.report.facts import (
+    GroupRow,
+    LayerRow,
+    PartRow,
+    ProofFacts,
+    Report,
+    Size,
+    Sizes,
+    Structure,
+    share,
+    sparsity,
+)
 from compressor.report.pairs import psnr_of
 
 SHOWN = 24
@@ -49,6 +60,7 @@ def render(report: Report, samples: Samples | None) -> str:
         fate=fate,
         structure=left,
         pruners=_pruners(report.layers),
+        parts=_parts(report),
         tiles=tuple(_tiles(report, fate, left)),
         gain=_gain(report, fate),
         sizes=tuple(_sizes(report.sizes, fate)),
@@ -183,6 +195,14 @@ _NAMES = {
 _TITLES = {"pairs": "Pairs of images", "shapes": "Judge of shapes"}
 
 
+_PARTS = {
+    "attention": "attention",
+    "feed_forward": "feed-forward",
+    "adaln": "adaLN",
+    "other": "all other parameters",
+}
+
+
 def _pruners(layers: tuple[LayerRow, ...]) -> tuple[dict[str, Any], ...]:
     rows = []
     for name in dict.fromkeys(layer.pruner for layer in layers):
@@ -196,6 +216,30 @@ def _pruners(layers: tuple[LayerRow, ...]) -> tuple[dict[str, Any], ...]:
         }
         rows.append({"name": name, "layers": len(own), "parameters": weights, **shares})
     return tuple(rows)
+
+
+def _parts(report: Report) -> tuple[dict[str, str], ...]:
+    """Which share of each part, pruned or not, and of the whole network is gone or zero; nothing if that is unknown."""
+    if not report.parts:
+        return ()
+    whole = PartRow(
+        "whole",
+        sum(row.layers for row in report.parts),
+        sum(row.parameters for row in report.parts),
+        sum(row.nonzero for row in report.parts),
+        sum(row.left for row in report.parts),
+    )
+    return tuple(
+        {
+            "name": _PARTS.get(row.part, f"the whole {report.model.component}"),
+            "layers": units.count(row.layers) if row.layers else units.DASH,
+            "parameters": units.count(row.parameters),
+            "share": units.percent(share(row.parameters, whole.parameters)),
+            "before": units.percent(share(row.parameters - row.nonzero, row.parameters)),
+            "after": units.percent(row.sparsity),
+        }
+        for row in (*report.parts, whole)
+    )
 
 
 def _fate(report: Report) -> Fate:

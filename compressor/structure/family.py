@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from compressor.errors import CompressorError
 
 Part = Literal["attention", "feed_forward", "adaln"]
 Role = Literal["query", "key", "value", "output", "up", "down", "modulation"]
+_ADALN = ("adaln", "modulation")
+"""The part and the role of the same layers."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Layer:
 
     Attributes:
         suffix: the linear's name inside its block, such as `attn.to_q`.
-        part: attention, feed-forward, or adaLN: the linear that makes a norm's scales and shifts of an embedding of
-            timestep and prompt, one vector a sample.
+        part: attention, feed-forward, or adaLN: the linear that makes a norm's scales, shifts and gates. It is given
+            one vector a sample, SiLU of the embedding of timestep and prompt, and all of a network are given the same.
         role: what it is there.
         stream: the token stream that it belongs to: `image`, `text`, or `joint` where they are one sequence.
         stage: its place in the block's order of execution; layers of one stage run side by side.
@@ -150,6 +153,7 @@ class Family:
         name: as in the entry point.
         component_class: the diffusers class it describes.
         blocks: tables of linears, in order of execution.
+        behind: tables of linears in modules that are no blocks, and run behind all blocks.
         inputs: makes example inputs.
         prompting: pipelines whose prompts can be encoded once; any other encodes them at every call.
         patch: a side of the latents has to be a multiple of so many.
@@ -165,6 +169,7 @@ class Family:
     patch: int = 2
     pixels: int = 1
     most_patches: str | None = None
+    behind: tuple[BlockTable, ...] = ()
 
     def prompts_of(self, pipeline_class: str) -> Prompting | None:
         """What is known of how a pipeline gives the network its prompts; none if nothing is."""
@@ -226,14 +231,14 @@ def find_targets(module: nn.Module, family: Family, *, adaln: bool = False) -> t
     Args:
         module: the network.
         family: its table.
-        adaln: the adaLN linears as well, which nothing takes unless it is told to.
+        adaln: the adaLN linears as well, which are pruned only where a recipe names them.
 
     Raises:
         CompressorError: if the table fits no layer, or a layer that it names is not a plain Linear.
     """
     found: list[Target] = []
     modules = dict(module.named_modules())
-    for table in family.blocks:
+    for table in (*family.blocks, *family.behind):
         for block in (name for name in modules if re.fullmatch(table.pattern, name)):
             for row in sorted(table.layers, key=lambda row: row.stage):
                 name = f"{block}.{row.suffix}"
@@ -249,10 +254,10 @@ def find_targets(module: nn.Module, family: Family, *, adaln: bool = False) -> t
 def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[Target, ...]:
     """The targets that an include pattern matches and no exclude pattern does.
 
-    A pattern is a part (`attention`, `feed_forward`), a role (`query`, ...), a stream (`text`), a layer's or a block's
-    dotted name, or `re:` and a regular expression searched for in the name. `attention` and `feed_forward` together are
-    every other layer, also where there are only those of one. The adaLN linears are taken by `adaln`, `modulation` or
-    their own name alone, so that patterns for blocks and streams go on meaning what computes on tokens.
+    A pattern is a part (`attention`, `feed_forward`, `adaln`), a role (`query`, ...), a stream (`text`), a layer's or a
+    block's dotted name, or `re:` and a regular expression searched for in the name. `attention` and `feed_forward`
+    together are every layer but the adaLN linears, also where there are only those of one. A pattern to include that
+    matches other layers, too, does not take the adaLN linears, so that blocks and streams stay what computes on tokens.
 
     Raises:
         CompressorError: if a pattern matches no layer, or nothing is left.
@@ -262,28 +267,30 @@ def select(targets: tuple[Target, ...], include: tuple[str, ...], exclude: tuple
     dropped: set[str] = set()
     for patterns, names_found in ((include, chosen), (exclude, dropped)):
         for pattern in patterns:
-            hits = {
-                target.name
-                for target in targets
-                if _matches(pattern, target)
-                and (patterns is exclude or target.layer.part != "adaln" or pattern in _names(target))
-            }
+            hits = [target for target in targets if _matches(pattern, target)]
             if not hits and not (pattern in parts and parts <= set(patterns)):
-                known = sorted({word for t in targets for word in (t.layer.part, t.layer.role, t.layer.stream)})
-                raise CompressorError(
-                    f"targets: '{pattern}' matches none of the {len(targets)} layers; a pattern is one of "
-                    f"{', '.join(known)}, the name of a layer or block such as '{targets[0].name}', or re:REGEX"
-                )
-            names_found.update(hits)
+                raise CompressorError(f"targets: '{pattern}' matches none of the {_unmatched(pattern, targets)}")
+            others = [target for target in hits if target.layer.part != "adaln"]
+            names_found.update(target.name for target in (others if patterns is include and others else hits))
     left = tuple(target for target in targets if target.name in chosen - dropped)
     if not left:
         raise CompressorError(f"targets: exclude leaves none of the {len(chosen)} layers that include chose")
     return left
 
 
-def _names(adaln: Target) -> tuple[str, ...]:
-    """What includes an adaLN linear."""
-    return adaln.layer.part, adaln.layer.role, adaln.name
+def _unmatched(pattern: str, targets: tuple[Target, ...]) -> str:
+    """How many layers there are, and what would be right."""
+    others = [target for target in targets if target.layer.part != "adaln"]
+    count = f"{len(others)} layers"
+    if pattern in _ADALN and len(others) == len(targets):
+        return f"{count}: no adaLN linears of this network are known; leave it out"
+    known = sorted({word for t in targets for word in (t.layer.part, t.layer.role, t.layer.stream)})
+    if near := difflib.get_close_matches(pattern, known, n=1):
+        return f"{count}; did you mean '{near[0]}'?"
+    return (
+        f"{count}; a pattern is one of {', '.join(known)}, the name of a layer or block such as "
+        f"'{others[0].name}', or re:REGEX"
+    )
 
 
 def _plain(name: str, layer: nn.Module) -> nn.Linear:

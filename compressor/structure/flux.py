@@ -111,8 +111,8 @@ FAMILY = Family(
                 ),
             ),
         ),
-        BlockTable("norm_out", (Layer("linear", "adaln", "modulation", "image", 0),)),
     ),
+    behind=(BlockTable("norm_out", (Layer("linear", "adaln", "modulation", "image", 0),)),),
     inputs=example_inputs,
     prompting=(
         Prompting(

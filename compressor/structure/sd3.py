@@ -81,8 +81,8 @@ FAMILY = Family(
                 Neurons("ff_context", up="ff_context.net.0.proj", down="ff_context.net.2"),
             ),
         ),
-        BlockTable("norm_out", (Layer("linear", "adaln", "modulation", "image", 0),)),
     ),
+    behind=(BlockTable("norm_out", (Layer("linear", "adaln", "modulation", "image", 0),)),),
     inputs=example_inputs,
     prompting=(
         Prompting(

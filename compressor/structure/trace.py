@@ -18,7 +18,8 @@ class Trace:
     """What one forward of one sample shows.
 
     Attributes:
-        shared: for every target, the name of the first target that reads the very same input tensor.
+        shared: for every target, the name of the first target that reads the very same input tensor, or equal values:
+            every norm applies SiLU to the embedding anew, so that all adaLN linears share one input.
         tokens: rows of every target's input.
         constant: targets whose input is an argument of the forward itself, and so is the same at every timestep.
         macs: multiply-adds of the whole forward.
@@ -69,8 +70,9 @@ def trace(twin: nn.Module, family: Family, *, height: int, width: int, sequence:
             f"{idle[0]}: should run in every forward, found {len(idle)} layers that do not; leave them out of the "
             f"table of family '{family.name}'"
         )
-    first: dict[int, str] = {}
-    shared = {target.name: first.setdefault(id(seen[target.name]), target.name) for target in targets}
+    first: dict[int | str, str] = {}
+    keys = {t.name: t.layer.part if t.layer.part == "adaln" else id(seen[t.name]) for t in targets}
+    shared = {name: first.setdefault(key, name) for name, key in keys.items()}
     tokens = {target.name: seen[target.name].numel() // target.inputs for target in targets}
     return Trace(
         shared=shared,

@@ -90,7 +90,7 @@ class NM(Elementwise):
 
     def leaves_out(self, target: Target, tokens: int) -> str | None:
         """A layer whose shape gains less than `only_where_faster` in the table."""
-        from compressor.two_four import table
+        from compressor.two_four import product, table
 
         if self.only_where_faster is None:
             return None
@@ -100,6 +100,10 @@ class NM(Elementwise):
             raise CompressorError(f"n_m.batch: should say which batch of {self.probe} counts, one of {known}")
         batch = self.batch or found.batches[0]
         row = found.find(batch * tokens, target.inputs, target.outputs)
+        if row is None and target.layer.part == "adaln":  # a token a sample: a probe of a model has no such row
+            why = product.unfit(batch * tokens, target.inputs, target.outputs)
+            if why:
+                return f"{batch * tokens} x {target.inputs} x {target.outputs}: no 2:4 product: {why}"
         if row is None:
             raise CompressorError(
                 f"{target.name}: {self.probe} has no row for {batch * tokens} x {target.inputs} x {target.outputs} "
