@@ -14,7 +14,6 @@ from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
 
 from compressor import prompts, recipe, registry
 from compressor.errors import CompressorError
@@ -124,6 +123,8 @@ def _is_shared() -> bool:
 def _run_shared(ranks: ModuleType, recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> NoReturn:
     """The same in one of several processes: whichever fails first tells why, and all end with its exit code."""
     with _importing():
+        from rich.console import Console
+
         from compressor import quiet
         from compressor.progress import Progress
         from compressor.run import run as run_recipe
