@@ -11,7 +11,7 @@ import torch
 import yaml
 from compressor_magnitude import Magnitude
 from compressor_obs_diff import OBSDiff
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor import plan_table, report
 from compressor import recipe as recipes
@@ -86,7 +86,7 @@ def test_without_adaln_its_part_is_told_to_be_whole(tmp_path):
     assert (rows["adaln"].sparsity, rows["attention"].sparsity) == (0.0, 0.5)
 
 
-def outputs_of(module: torch.nn.Module, x_TI: Tensor) -> Tensor:
+def outputs_of(module: nn.Linear, x_TI: Tensor) -> Tensor:
     with torch.no_grad():
         return module(x_TI)
 
@@ -103,7 +103,7 @@ def fed(loaded: Pipeline, texts: tuple[str, ...], steps: int) -> Tensor:
     return torch.cat(store)
 
 
-def errors_on(loaded: Pipeline, dense: dict[str, torch.nn.Module], x_TI: Tensor) -> float:
+def errors_on(loaded: Pipeline, dense: dict[str, nn.Linear], x_TI: Tensor) -> float:
     """The squared error of all adaLN linears' outputs, relative to the outputs about their bias."""
     wrong = right = 0.0
     for target in adaln_of(loaded):
