@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff
+from compressor_obs_diff import OBSDiff, solvers
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
-from compressor_obs_diff.solver import factorise, relative_error, sweep
+from compressor_obs_diff.solver import factorise, relative_error, sweep, sweep_together
 from torch import Tensor, nn
 
 from compressor import sparsity
@@ -418,8 +418,6 @@ def test_layers_report_the_error_of_the_weights_as_they_are_kept(dtype):
 
 
 def test_layers_that_share_an_input_share_one_factorisation(monkeypatch):
-    from compressor_obs_diff import solvers
-
     calls = []
     monkeypatch.setattr(solvers, "factorise", lambda *args: calls.append(args[2]) or factorise(*args))
     weight_OI, x_TI = problem(4, 8)
@@ -428,6 +426,29 @@ def test_layers_that_share_an_input_share_one_factorisation(monkeypatch):
     assert len(list(prune_package(OBSDiff.model_validate({"sparsity": 0.5}), packed, held))) == 3
     assert calls == ["blocks.0.to_0"]
     assert held == {}
+
+
+@pytest.mark.parametrize("granularity", ["unstructured", "n_m"])
+def test_layers_that_share_an_input_are_solved_at_once_as_each_would_be_alone(granularity, monkeypatch):
+    calls = []
+    monkeypatch.setattr(solvers, "sweep_together", lambda *args: calls.append(len(args[0])) or sweep_together(*args))
+    share = {"sparsity": 0.5} if granularity == "unstructured" else {}
+    options = OBSDiff.model_validate({"granularity": granularity, "block": 8, **share})
+    _, x_TI = problem(4, 16)
+    second_II = (x_TI.T @ x_TI).float()
+    dense = [problem(outputs, 16, seed=outputs)[0].float() for outputs in (5, 1, 12)]
+    packed = package(dense)
+    results = list(prune_package(options, packed, {packed.groups[0].name: moments(second_II)}))
+    assert calls == [3]
+    for weight_OI, together, target in zip(dense, results, packed.groups[0].targets, strict=True):
+        single = package([weight_OI])
+        (alone,) = prune_package(options, single, {single.groups[0].name: moments(second_II)})
+        expected_OI = single.groups[0].targets[0].module.weight
+        assert torch.equal(target.module.weight == 0, expected_OI == 0)
+        torch.testing.assert_close(target.module.weight, expected_OI)
+        assert together.zeros == alone.zeros == int((expected_OI == 0).sum())
+        assert together.error == pytest.approx(alone.error, rel=1e-4)
+        assert together.seconds > 0
 
 
 def test_a_damping_that_had_to_rise_is_reported():
@@ -441,8 +462,6 @@ def test_a_damping_that_had_to_rise_is_reported():
 
 
 def test_double_precision_is_reported(monkeypatch):
-    from compressor_obs_diff import solvers
-
     monkeypatch.setattr(
         solvers, "factorise", lambda *args: SimpleNamespace(upper_II=torch.eye(8), damping=0.01, dtype=torch.float64)
     )

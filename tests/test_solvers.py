@@ -210,7 +210,7 @@ def test_every_solver_makes_exactly_as_many_zeros_as_asked(granularity, sparsity
     before = weight_OI.clone(), hessian_II.clone()
     given = Problem(hessian_II, 0.01, granularity, 128, "x")
     for solve in SOLVERS.values():
-        new_OI, removed_OI = solve(weight_OI, given, share)
+        ((new_OI, removed_OI),) = solve([weight_OI], given, [share], [None])
         assert int(removed_OI.sum()) == granularity.zeros(7, 20, share)
         assert not new_OI[removed_OI].any()
         assert granularity.holds(new_OI)
@@ -223,7 +223,7 @@ def test_an_input_that_is_always_zero_is_no_trouble():
     hessian_II[3] = hessian_II[:, 3] = 0
     given = Problem(hessian_II, 0.01, Unstructured(), 128, "x")
     for solve in SOLVERS.values():
-        new_OI, removed_OI = solve(weight_OI, given, 0.5)
+        ((new_OI, removed_OI),) = solve([weight_OI], given, [0.5], [None])
         assert torch.isfinite(fit(weight_OI, given.damped_II, removed_OI, new_OI).weight_OI).all()
 
 

@@ -44,8 +44,9 @@ class Gradients:
             gradient: ... x O, in any floating-point dtype; not changed.
         """
         g_TO, good_T = finite(gradient)
-        self.tokens = self.tokens + good_T.sum()
-        self.skipped = self.skipped + (~good_T).sum()
+        good = good_T.sum()
+        self.tokens.add_(good)
+        self.skipped.add_(len(g_TO) - good)
         for second_KK, g_TK in zip(self.second_BKK, g_TO.split(self.second_BKK.shape[-1], dim=1), strict=True):
             second_KK.copy_(add_products(second_KK, g_TK, 1.0))
 

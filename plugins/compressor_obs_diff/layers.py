@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,45 +41,82 @@ def prune_package(
         moments: by group; emptied.
         zeros: how many of each layer, by name; as many as `options.zeros` says if none.
     """
-    granularity = options.granularity
-    assert isinstance(granularity, Elementwise)
     for group in package.groups:
         start = time.perf_counter()
         gathered = moments.pop(group.name)
-        second_II = gathered.second_II
-        assert second_II is not None
-        for target, problem, absorbed_I in problems_of(options, group, gathered):
-            weight, bias = target.module.weight, target.module.bias
-            count = options.zeros(target) if zeros is None else zeros[target.name]
-            notes = explain_damping(problem.factor.damping, options.damping, problem.factor.dtype)
-            metric_BKK = None
-            if options.objective == "network":
-                metric_BKK = metric_of(gathered.gradients.pop(target.name))
-                if metric_BKK is None:
-                    notes += ("the network's output does not depend on it: its own outputs' error was minimised",)
-            old_OI = weight.detach().to(torch.float32, copy=True)
-            new_OI, removed_OI = SOLVERS[options.solver](
-                old_OI, problem, count / old_OI.numel() if granularity.needs_sparsity else None, metric_BKK
-            )
-            if options.refit:
-                most = MOST_STEPS if metric_BKK is None else COUPLED_STEPS
-                new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI, metric_BKK, most).weight_OI
-            weight.copy_(new_OI)
-            if bias is not None and absorbed_I is not None:
-                bias.copy_(bias.float() + (old_OI - weight.float()) @ absorbed_I)
-            now = time.perf_counter()
-            yield LayerResult(
-                name=target.name,
-                error=relative_error(old_OI, weight.float(), problem.second_II, second_II),
-                damping=problem.factor.damping,
-                seconds=now - start,
-                notes=notes,
-                zeros=count,
-            )
+        for members in _together(options, problems_of(options, group, gathered)):
+            counts = [options.zeros(target) if zeros is None else zeros[target.name] for target, *_ in members]
+            solved = _solve(options, members, counts, gathered)
+            seconds = time.perf_counter() - start
+            rows = sum(target.outputs for target, *_ in members)
+            for (target, problem, absorbed_I), count, (old_OI, new_OI, notes) in zip(
+                members, counts, solved, strict=True
+            ):
+                start = time.perf_counter()
+                weight, bias = target.module.weight, target.module.bias
+                weight.copy_(new_OI)
+                if bias is not None and absorbed_I is not None:
+                    bias.copy_(bias.float() + (old_OI - weight.float()) @ absorbed_I)
+                error = relative_error(old_OI, weight.float(), problem.second_II, gathered.second_II)
+                yield LayerResult(
+                    name=target.name,
+                    error=error,
+                    damping=problem.factor.damping,
+                    seconds=seconds * target.outputs / rows + time.perf_counter() - start,
+                    notes=notes,
+                    zeros=count,
+                )
             start = time.perf_counter()
 
 
-def problems_of(options: OBSDiff, group: Group, moments: Moments) -> Iterator[tuple[Target, Problem, Tensor | None]]:
+Member = tuple["Target", Problem, Tensor | None]
+"""A layer, its problem, and the mean of its inputs if its bias absorbs that."""
+
+
+def _together(options: OBSDiff, members: Iterator[Member]) -> Iterator[list[Member]]:
+    """Layers one after the other that are solved at once: the sweep takes all rows that share a factor, as q, k and v.
+
+    ADMM takes each by itself, as the metrics of their outputs need memory.
+    """
+    if options.solver != "obs":
+        yield from ([member] for member in members)
+        return
+    for _, found in groupby(list(members), key=lambda member: id(member[1])):
+        yield list(found)
+
+
+def _solve(
+    options: OBSDiff, members: Sequence[Member], counts: Sequence[int], gathered: Moments
+) -> list[tuple[Tensor, Tensor, tuple[str, ...]]]:
+    """For each layer the old weights in float32, the new ones, and what the user should know."""
+    problem = members[0][1]
+    notes = [explain_damping(problem.factor.damping, options.damping, problem.factor.dtype)] * len(members)
+    metrics: list[Tensor | None] = [None] * len(members)
+    if options.objective == "network":
+        metrics = [metric_of(gathered.gradients.pop(target.name)) for target, *_ in members]
+        unknown = "the network's output does not depend on it: its own outputs' error was minimised"
+        notes = [note if metric is not None else (*note, unknown) for note, metric in zip(notes, metrics, strict=True)]
+    old = [target.module.weight.detach().to(torch.float32, copy=True) for target, *_ in members]
+    assert isinstance(options.granularity, Elementwise)
+    shares = [
+        count / weight_OI.numel() if options.granularity.needs_sparsity else None
+        for count, weight_OI in zip(counts, old, strict=True)
+    ]
+    found = SOLVERS[options.solver](old, problem, shares, metrics)
+    new = [new_OI for new_OI, _ in found]
+    if options.refit:
+        new = [
+            fit(old_OI, problem.damped_II, removed_OI, new_OI, metric_BKK, _most_steps(metric_BKK)).weight_OI
+            for old_OI, (new_OI, removed_OI), metric_BKK in zip(old, found, metrics, strict=True)
+        ]
+    return list(zip(old, new, notes, strict=True))
+
+
+def _most_steps(metric_BKK: Tensor | None) -> int:
+    return MOST_STEPS if metric_BKK is None else COUPLED_STEPS
+
+
+def problems_of(options: OBSDiff, group: Group, moments: Moments) -> Iterator[Member]:
     """Each layer of a group, its problem, which others may share, and the mean that its bias absorbs, if it does."""
     assert isinstance(options.granularity, Elementwise)
     assert moments.second_II is not None

@@ -8,6 +8,7 @@ Frantar and Alistarh, "SparseGPT" (ICML 2023); as used, with a timestep-weighted
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.plugin import Elementwise
+from compressor_obs_diff.triangular import inverse_factor
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,9 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
         while scale <= 10:
             damped_II = reversed_II.clone()
             damped_II.diagonal().add_(scale * mean.to(dtype))
-            lower_II, info = torch.linalg.cholesky_ex(damped_II)
-            if info == 0:
-                eye = torch.eye(len(lower_II), dtype=dtype, device=lower_II.device)
-                inverse_II = torch.linalg.solve_triangular(lower_II, eye, upper=False)
-                if torch.isfinite(inverse_II).all():
-                    return Factor(inverse_II.flip(0, 1).float().contiguous(), scale, dtype)
+            inverse_II, info = inverse_factor(damped_II)
+            if (info == 0) & torch.isfinite(inverse_II).all():
+                return Factor(inverse_II.flip(0, 1).float().contiguous(), scale, dtype)
             scale *= 10
     raise CompressorError(
         f"{name}: its Hessian cannot be factorised, even in float64 with a damping of {scale / 10:g} times its mean "
@@ -97,8 +96,31 @@ def sweep(
         The new weights and the mask of what was removed (True), both O x I. Exactly
         `granularity.zeros(O, I, sparsity)` are removed.
     """
-    outputs, inputs = weight_OI.shape
-    weight_OI = weight_OI.clone()
+    return sweep_together([weight_OI], upper_II, granularity, [sparsity], block)[0]
+
+
+def sweep_together(
+    weights: Sequence[Tensor],
+    upper_II: Tensor,
+    granularity: Elementwise,
+    sparsities: Sequence[float | None],
+    block: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """Sweeps several layers that read one input, such as q, k and v, at once: their rows do not depend on one another.
+
+    Args:
+        weights: of each layer, O x I with any O, float32. Not changed.
+        upper_II: U of `Factor`, which they share.
+        granularity: what is removed together, in every layer for itself.
+        sparsities: as in `sweep`, of each layer.
+        block: columns updated at a time.
+
+    Returns:
+        For each layer what `sweep` returns for it.
+    """
+    weight_OI = torch.cat(list(weights))  # a copy, even of one
+    rows = [len(weight) for weight in weights]
+    inputs = weight_OI.shape[1]
     removed_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
     diagonal_I = upper_II.diagonal()
     step = min(granularity.columns(block), inputs)
@@ -109,15 +131,21 @@ def sweep(
         for j in range(start, stop):
             if (j - start) % step == 0:
                 end = min(j + step, stop)
-                zeros = granularity.zeros(outputs, end, sparsity) - granularity.zeros(outputs, j, sparsity)
                 score_OJ = (weight_OI[:, j:end] / diagonal_I[j:end]).square()
-                removed_OI[:, j:end] = granularity.mask(score_OJ, zeros)
+                removed_OI[:, j:end] = torch.cat(
+                    [
+                        granularity.mask(
+                            score, granularity.zeros(len(score), end, share) - granularity.zeros(len(score), j, share)
+                        )
+                        for score, share in zip(score_OJ.split(rows), sparsities, strict=True)
+                    ]
+                )
             error_O = weight_OI[:, j].masked_fill(~removed_OI[:, j], 0) / diagonal_I[j]
             weight_OI[:, j:stop].addr_(error_O, upper_II[j, j:stop], alpha=-1)
             weight_OI[:, j].masked_fill_(removed_OI[:, j], 0)
             error_OB[:, j - start] = error_O
         weight_OI[:, stop:].addmm_(error_OB, upper_II[start:stop, stop:], alpha=-1)
-    return weight_OI, removed_OI
+    return list(zip(weight_OI.split(rows), removed_OI.split(rows), strict=True))
 
 
 def relative_error(old_OI: Tensor, new_OI: Tensor, second_II: Tensor, dense_II: Tensor | None = None) -> float:

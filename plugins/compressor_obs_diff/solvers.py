@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from compressor.plugin import Elementwise
 from compressor_obs_diff import admm
-from compressor_obs_diff.solver import Factor, factorise, sweep
+from compressor_obs_diff.solver import Factor, factorise, sweep_together
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,43 @@ class Solver(Protocol):
     """Chooses what goes and updates the rest."""
 
     def __call__(
-        self, weight_OI: Tensor, problem: Problem, sparsity: float | None, metric_BKK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """New weights and the mask of what was removed (True), both O x I.
+        self,
+        weights: Sequence[Tensor],
+        problem: Problem,
+        sparsities: Sequence[float | None],
+        metrics: Sequence[Tensor | None],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each layer the new weights and the mask of what was removed (True), both O x I.
 
         Args:
-            weight_OI: dense, float32. Not changed.
-            problem: its inputs.
-            sparsity: the share of weights to remove, where the granularity needs one.
-            metric_BKK: of its outputs, in blocks, positive definite; the identity if none. Not changed.
+            weights: of each layer, dense, float32. Not changed.
+            problem: what they have in common.
+            sparsities: the share of each one's weights to remove, where the granularity needs one.
+            metrics: of each one's outputs, in blocks (B x K x K), positive definite; the identity if none. Not changed.
         """
         ...
 
 
 def _sweep(
-    weight_OI: Tensor, problem: Problem, sparsity: float | None, metric_BKK: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    assert metric_BKK is None, "the sweep takes every row for itself"
-    return sweep(weight_OI, problem.factor.upper_II, problem.granularity, sparsity, problem.block)
+    weights: Sequence[Tensor],
+    problem: Problem,
+    sparsities: Sequence[float | None],
+    metrics: Sequence[Tensor | None],
+) -> list[tuple[Tensor, Tensor]]:
+    assert all(metric is None for metric in metrics), "the sweep takes every row for itself"
+    return sweep_together(weights, problem.factor.upper_II, problem.granularity, sparsities, problem.block)
 
 
 def _admm(
-    weight_OI: Tensor, problem: Problem, sparsity: float | None, metric_BKK: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return admm.choose(weight_OI, problem.damped_II, problem.granularity, sparsity, metric_BKK)
+    weights: Sequence[Tensor],
+    problem: Problem,
+    sparsities: Sequence[float | None],
+    metrics: Sequence[Tensor | None],
+) -> list[tuple[Tensor, Tensor]]:
+    return [
+        admm.choose(weight_OI, problem.damped_II, problem.granularity, sparsity, metric_BKK)
+        for weight_OI, sparsity, metric_BKK in zip(weights, sparsities, metrics, strict=True)
+    ]
 
 
 SOLVERS: dict[str, Solver] = {"obs": _sweep, "admm": _admm}
