@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compressor.calibration import gradients, sampling
+from compressor.calibration import gathering, sampling
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
@@ -294,81 +292,39 @@ class Calibration:
         self.facts.batch = batch
 
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
-        device = self._pipeline.device
-        moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in package.every or package.groups}
-        if kind == "gradients":
-            for g in package.every or package.groups:
-                moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
         batch = self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
         tokens = Tokens(self._options.tokens, self._token_seed)
+        weigh = self._weigher(weighting)
         with (
-            self._hooks(package, moments, weighting, meter, tokens),
-            self._gradients(package, moments) as next_batch,
+            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter) as (moments, next_batch),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):
                 prompts = self._encoded[start : start + batch]
-                tokens.next_batch(self._places[start])
                 next_batch(self._places[start])
                 sampling.sample(self._pipeline, prompts, self._settings, "latent")
                 meter.settle()
                 advance(len(prompts))
         return {name: m.finish() for name, m in moments.items()}
 
-    @contextmanager
-    def _hooks(
-        self, package: Package, moments: dict[str, Moments], weighting: Weighting, meter: Meter, tokens: Tokens
-    ) -> Iterator[None]:
-        """While it lasts, every forward of the network adds to the moments."""
-        network = self._pipeline.module
-        signature = inspect.signature(network.forward)
+    def _weigher(self, weighting: Weighting) -> Callable[[Tensor | float], float]:
+        """Tells what a forward counts, and counts forwards."""
         counter: StepCounter | None = None
         weights: tuple[float, ...] = ()
-        weight = 0.0
 
-        def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal counter, weight, weights
+        def weigh(timestep: Tensor | float) -> float:
+            nonlocal counter, weights
             if counter is None:
                 scheduler = self._pipeline.pipe.scheduler
                 training = scheduler.config.get("num_train_timesteps", 1000)
                 counter = StepCounter(scheduler.timesteps, training)
                 weights = weighting.weights(Schedule(counter.timesteps, copy.deepcopy(scheduler)))
                 assert len(weights) == counter.steps, f"{len(weights)} weights for {counter.steps} steps"
-            weight = weights[counter.step(signature.bind_partial(*args, **kwargs).arguments["timestep"])]
-            tokens.next_forward()
             self.facts.forwards += 1
+            return weights[counter.step(timestep)]
 
-        def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                with meter.block():
-                    drawn, each = tokens.draw(args[0].detach())
-                    moments[group.name].add(drawn, weight * each)
-
-            return hook
-
-        groups = package.every or package.groups
-        handles = [network.register_forward_pre_hook(before_network, with_kwargs=True)]
-        handles += [g.targets[0].module.register_forward_pre_hook(before_layer(g)) for g in groups]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _gradients(self, package: Package, moments: dict[str, Moments]) -> Iterator[Callable[[int], object]]:
-        """While it lasts, forwards of the network add to the gradients' moments, where there are any.
-
-        What it gives is to be called before every batch with the number of its first prompt.
-        """
-        sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
-        targets = [target for group in package.every or package.groups for target in group.targets]
-        with ExitStack() as stack:
-            if sums:
-                yield stack.enter_context(gradients.watch(self._pipeline.module, targets, sums))
-            else:
-                yield lambda _prompt: None
+        return weigh
 
     def _warn(self, text: str) -> None:
         """Tells the user at once, and again in the report."""

@@ -1,0 +1,80 @@
+"""The hooks that add to the moments of a package's inputs in every forward of the network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from compressor.calibration import gradients
+from compressor.calibration.curvature import Gradients
+from compressor.calibration.moments import Moments
+from compressor.calibration.packages import Group, Package
+from compressor.calibration.timing import Meter
+from compressor.calibration.tokens import Tokens
+from compressor.plugin import MomentKind
+
+
+@contextmanager
+def watch(
+    network: nn.Module,
+    package: Package,
+    kind: MomentKind,
+    weigh: Callable[[Tensor | float], float],
+    tokens: Tokens,
+    meter: Meter,
+) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
+    """While it lasts, every forward of the network adds to moments.
+
+    It gives these, by the name of the group, and what is to be called before every batch with the number of its first
+    prompt, which decides what is drawn.
+
+    Args:
+        network: with a forward that has an argument `timestep`.
+        package: the layers.
+        kind: `norms`, `second` or `gradients`, as in `Calibration.collect`.
+        weigh: how much a forward counts, by its timestep; called once at the beginning of each.
+        tokens: draws those that are summed.
+        meter: gets the time that adding to the moments of the inputs takes.
+    """
+    device = next(network.parameters()).device
+    groups = package.every or package.groups
+    moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in groups}
+    signature = inspect.signature(network.forward)
+    weight = 0.0
+
+    def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal weight
+        weight = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
+        tokens.next_forward()
+
+    def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            with meter.block():
+                drawn, each = tokens.draw(args[0].detach())
+                moments[group.name].add(drawn, weight * each)
+
+        return hook
+
+    handles = [network.register_forward_pre_hook(before_network, with_kwargs=True)]
+    handles += [g.targets[0].module.register_forward_pre_hook(before_layer(g)) for g in groups]
+    try:
+        if kind != "gradients":
+            yield moments, tokens.next_batch
+            return
+        for g in groups:
+            moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
+        sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
+        with gradients.watch(network, [target for g in groups for target in g.targets], sums) as of_gradients:
+
+            def next_batch(prompt: int) -> None:
+                tokens.next_batch(prompt)
+                of_gradients(prompt)
+
+            yield moments, next_batch
+    finally:
+        for handle in handles:
+            handle.remove()
