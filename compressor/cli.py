@@ -509,6 +509,51 @@ def sparse(models: tuple[str, ...], output: Path | None, **options: Any) -> None
     click.echo(time_all(Settings(models, **options), Progress(), output), nl=False)
 
 
+@bench.command()
+@click.argument("models", metavar="RECIPE_OR_MODEL...", nargs=-1)
+@click.option("--size", type=click.IntRange(16), help="Pixels, either way; 512 if not given, and a recipe's own.")
+@click.option("--prompts", type=click.IntRange(1), help="To extrapolate to; 100 if not given, and a recipe's own.")
+@click.option("--steps", type=click.IntRange(1), help="Of a prompt; 25 if not given, and a recipe's own.")
+@click.option("--guidance", type=click.FloatRange(0), help="Above 1 a prompt takes two samples, where a model has it.")
+@click.option("--batch", type=click.IntRange(1), help="Prompts at a time; 4 if not given, and a recipe's own.")
+@click.option("--packages", type=click.IntRange(1), help="Module Packages; 4 if not given, and a recipe's own.")
+@click.option("--solver", type=click.Choice(["obs", "admm"]), help="Of single weights and 2:4; a recipe has its own.")
+@click.option("--layers", type=click.IntRange(1), help="Shorten each part of the network to so many.")
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="On a GPU float16 if not given, else float32.",
+)
+@click.option("--repeats", type=click.IntRange(1), help="Turns of each forward; on a GPU 20 if not given, else 5.")
+@click.option("--turns", type=click.IntRange(1), help="Of all solves; on a GPU 3 if not given, else 1.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE.json", help="Every figure, row by row.")
+def prune(
+    models: tuple[str, ...],
+    output: Path | None,
+    device: str,
+    dtype: str | None,
+    repeats: int | None,
+    turns: int | None,
+    **asked: Any,
+) -> None:
+    """Time calibration and solves, without weights, and extrapolate what pruning takes here.
+
+    Forwards with moments are timed against plain ones in turns. A model is one of sd2.1, sdxl, sd3-medium, sd3.5-large
+    and flux-dev, with the pruners of the published tables at the paper's setting; or a recipe, with its own.
+    """
+    with _importing():
+        from compressor import quiet
+        from compressor.bench.prune import Settings
+        from compressor.bench.prune import run as time_all
+        from compressor.bench.subjects import Asked
+        from compressor.progress import Progress
+
+        quiet.silence_libraries()
+    settings = Settings(models, Asked(**asked), device, dtype, repeats, turns)
+    click.echo(time_all(settings, Progress(), output), nl=False)
+
+
 @contextmanager
 def _importing() -> Iterator[None]:
     """While it lasts, Ctrl-C ends the process at once: torch, half imported, would swallow a KeyboardInterrupt."""

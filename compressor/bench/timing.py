@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,13 @@ class Times:
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], repeats: int, in_a_row: int, warmups: int, device: torch.device
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    in_a_row: int,
+    warmups: int,
+    device: torch.device,
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    advance: Callable[[int], None] | None = None,
 ) -> dict[str, Times]:
     """Times every call `repeats` times, one after the other, in reversed order every other time.
 
@@ -42,17 +48,23 @@ def in_turns(
             is busy while Python prepares them, as in sampling; a single one begins on an idle GPU.
         warmups: calls of each before, which are not timed.
         device: that they run on.
+        around: given a name, what lasts while its call is timed; entering and leaving it is not timed.
+        advance: told of every turn of a call.
     """
     clock = _on_gpu if device.type == "cuda" else _on_cpu
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     names = tuple(calls)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for call in calls.values():
-            for _ in range(warmups):
-                call()
+        for name, call in calls.items():
+            with around(name):
+                for _ in range(warmups):
+                    call()
         for turn in range(repeats):
             for name in names if turn % 2 == 0 else reversed(names):
-                found[name].append(clock(calls[name], in_a_row))
+                with around(name):
+                    found[name].append(clock(calls[name], in_a_row))
+                if advance is not None:
+                    advance(1)
     return {
         name: Times(tuple(seconds for seconds, _ in pairs), tuple(host for _, host in pairs))
         for name, pairs in found.items()

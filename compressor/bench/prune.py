@@ -1,0 +1,350 @@
+"""Benchmark `prune`: what calibrating and solving take, by the code that a run uses, on a network of random weights."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from compressor import measure, prepare
+from compressor.bench import forwards, models, networks, prune_table, results, subjects
+from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
+from compressor.bench.subjects import Asked, Subject
+from compressor.bench.timing import Times, in_turns
+from compressor.calibration import Calibration, Moments, Package, StepCounter
+from compressor.calibration.gathering import gather
+from compressor.calibration.packages import cut
+from compressor.calibration.sampling import out_of_memory
+from compressor.calibration.timing import Meter
+from compressor.calibration.tokens import Tokens
+from compressor.errors import CompressorError
+from compressor.pipeline import pick_device
+from compressor.plugin import MomentKind, Removed, Weighting
+from compressor.prepare import Entry
+from compressor.progress import Progress
+from compressor.structure import Target, Trace, trace
+from compressor.units import several
+
+PLAIN = "plain"
+SHARE = 0.25
+"""Of the tokens, in the row that takes only some of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is to be timed.
+
+    Attributes:
+        models: names of known models, or recipes.
+        asked: what changes the paper's setting, or a recipe's.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: `float32`, `float16`, `bfloat16`; None for float16 on a GPU and float32 on the CPU.
+        repeats: turns of every kind of forward; None for 20 on a GPU and 5 on the CPU.
+        turns: of solving all layers; None for 3 on a GPU and 1 on the CPU.
+    """
+
+    models: tuple[str, ...]
+    asked: Asked = field(default_factory=Asked)
+    device: str = "auto"
+    dtype: str | None = None
+    repeats: int | None = None
+    turns: int | None = None
+
+
+def run(settings: Settings, progress: Progress, output: Path | None) -> str:
+    """Times forwards with and without moments, and the solves, of each model, and extrapolates whole jobs.
+
+    Args:
+        settings: what to time.
+        progress: shows bars.
+        output: a JSON file, written anew after every model.
+
+    Returns:
+        The tables.
+
+    Raises:
+        CompressorError: if the settings do not go together, or a layer cannot be solved.
+    """
+    if not settings.models:
+        raise CompressorError(f"should name a recipe or at least one model; known: {models.known()}")
+    device = pick_device(settings.device)
+    if device.type not in ("cpu", "cuda"):
+        raise CompressorError(f"device: should be cpu or cuda to be timed, found '{device}'")
+    found = [subjects.find(name, settings.asked) for name in dict.fromkeys(settings.models)]
+    dtype = settings.dtype or ("float16" if device.type == "cuda" else "float32")
+    plans = [_plan(subject) for subject in found]  # on the meta device, to fail before the work
+    if output is not None:
+        results.claim(output)
+    done: list[Measured] = []
+    for subject, seen in zip(found, plans, strict=True):
+        progress.say(f"{subject.name}: building random weights")
+        done.append(_Bench(subject, seen, settings, device, dtype, progress).measure())
+        if output is not None:
+            results.write(output, prune_table.as_json(settings, measure.device_name(device), dtype, done))
+        _free_memory()
+    return prune_table.as_text(measure.device_name(device), dtype, done)
+
+
+def _plan(subject: Subject) -> Trace:
+    twin = networks.build(subject.model, subject.family, subject.layers, torch.device("meta"), torch.float32)
+    seen = trace(twin, subject.family, height=subject.height, width=subject.width, sequence=subject.model.tokens)
+    for entry in prepare.enter(subject.recipe, "network", twin, subject.family, seen):
+        if entry.pruner.moments != "none":
+            _packages(subject, seen, entry)
+    return seen
+
+
+def _packages(subject: Subject, seen: Trace, entry: Entry) -> tuple[Package, ...]:
+    given = subject.calibration
+    return cut(entry.calibrated, seen, entry.pruner.moments, given.packages, given.memory)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What one kind of forward gathers."""
+
+    name: str
+    package: Package
+    kind: MomentKind
+    share: float
+
+
+class _Source:
+    """Gives a pruner moments of the network's forwards on random inputs, as a `Calibration` does of sampled ones."""
+
+    def __init__(self, bench: _Bench) -> None:
+        self._bench = bench
+        self.seconds = 0.0
+        self.bytes = 0
+
+    def packages(self, targets: Sequence[Target], kind: MomentKind) -> tuple[Package, ...]:
+        """As the recipe says."""
+        given = self._bench.subject.calibration
+        return cut(targets, self._bench.seen, kind, given.packages, given.memory)
+
+    def collect(self, package: Package, kind: MomentKind, _weighting: Weighting) -> dict[str, Moments]:
+        """Of one forward."""
+        start = self._bench.clock()
+        with self._bench.gathering(_Load("", package, kind, 1.0)) as moments:
+            self._bench.forward()
+        found = {name: m.finish() for name, m in moments.items()}
+        self.bytes = max(self.bytes, package.moment_bytes)
+        self.seconds += self._bench.clock() - start
+        return found
+
+
+class _Bench:
+    """One network on its device."""
+
+    def __init__(
+        self, subject: Subject, seen: Trace, settings: Settings, device: torch.device, dtype: str, progress: Progress
+    ) -> None:
+        self.subject, self.seen, self._settings, self._device, self._progress = (
+            subject,
+            seen,
+            settings,
+            device,
+            progress,
+        )
+        self._network = networks.build(subject.model, subject.family, subject.layers, device, getattr(torch, dtype))
+        given = dict(
+            subject.family.inputs(
+                self._network,
+                batch=subject.samples,
+                height=subject.height,
+                width=subject.width,
+                sequence=subject.model.tokens,
+            )
+        )
+        self._timestep = float(cast(Tensor, given["timestep"]).reshape(-1)[0])
+        self.forward = forwards.eager(self._network, given)
+        self._entries = prepare.enter(subject.recipe, "network", self._network, subject.family, seen)
+
+    def measure(self) -> Measured:
+        """Forwards, solves, and what a whole job would take."""
+        rows = self._time_forwards(self._loads())
+        cases = self._time_solves(rows[PLAIN].plain.median)
+        jobs = [job for entry, case in zip(self._entries, cases, strict=True) for job in self._jobs(entry, case, rows)]
+        return Measured(
+            self.subject, networks.parameters(self._network), tuple(rows.values()), tuple(cases), tuple(jobs)
+        )
+
+    def clock(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    @contextmanager
+    def gathering(self, load: _Load) -> Iterator[dict[str, Moments]]:
+        """While it lasts, forwards add to moments by the hooks that a calibration uses."""
+        counter = StepCounter(torch.tensor([self._timestep]))
+        tokens = Tokens(load.share, 0)
+        meter = Meter(self._device)
+        with gather(
+            self._network, load.package, load.kind, lambda timestep: 1.0 + counter.step(timestep), tokens, meter
+        ) as moments:
+            yield moments
+
+    def _loads(self) -> dict[str, _Load]:
+        """Kinds of forwards, by name; pruners that ask for the same moments of the same layers share theirs."""
+        found: dict[str, _Load] = {}
+        self._names: dict[str, dict[str, list[str]]] = {}
+        alike: dict[tuple[MomentKind, tuple[str, ...]], list[int]] = {}
+        for i, entry in enumerate(self._entries):
+            if entry.pruner.moments != "none":
+                key = entry.pruner.moments, tuple(target.name for target in entry.calibrated)
+                alike.setdefault(key, []).append(i)
+        share = self.subject.calibration.tokens
+        drawn = "" if share == 1 else f", {100 * share:g} % of the tokens"
+        for (kind, _), places in alike.items():
+            entry = self._entries[places[0]]
+            cuts = _packages(self.subject, self.seen, entry)
+            (whole,) = cut(entry.calibrated, self.seen, kind, 1, None)
+            what = ", ".join(self.subject.cases[i] for i in places)
+            loads = {
+                "packages": [_Load(f"{what}: package {p.number} of {p.count}{drawn}", p, kind, share) for p in cuts],
+                "all": [_Load(f"{what}: all layers", whole, kind, 1.0)],
+                "some": [_Load(f"{what}: all layers, {100 * SHARE:g} % of the tokens", whole, kind, SHARE)],
+            }
+            if len(cuts) == 1 and share == 1:
+                loads["packages"] = loads["all"]
+            found |= {load.name: load for these in loads.values() for load in these}
+            names = {place: [load.name for load in these] for place, these in loads.items()}
+            self._names |= {self._entries[i].where: names for i in places}
+        return found
+
+    def _time_forwards(self, loads: Mapping[str, _Load]) -> dict[str, ForwardRow]:
+        on_gpu = self._device.type == "cuda"
+        repeats = self._settings.repeats or (20 if on_gpu else 5)
+        peaks: dict[str, int | None] = {}
+        notes: dict[str, str] = {}
+        for name in (PLAIN, *loads):  # a first forward of each, for its memory
+            self._reset_peak()
+            try:
+                with self._around(loads)(name):
+                    self.forward()
+                    self.clock()
+                peaks[name] = self._peak()
+            except RuntimeError as error:
+                if name == PLAIN or not out_of_memory(error):
+                    raise
+                notes[name] = "memory ran out"
+                _free_memory()
+        names = [name for name in (PLAIN, *loads) if name not in notes]
+        with self._progress.task(f"{self.subject.name}: timing forwards", repeats * len(names)) as advance:
+            times = in_turns(
+                dict.fromkeys(names, self.forward),
+                repeats,
+                4 if on_gpu else 1,
+                1,
+                self._device,
+                self._around(loads),
+                advance,
+            )
+        return {
+            name: ForwardRow(
+                name,
+                len(loads[name].package.groups) if name in loads else 0,
+                loads[name].package.moment_bytes if name in loads else 0,
+                times.get(name),
+                times[PLAIN],
+                peaks.get(name),
+                notes.get(name),
+            )
+            for name in (PLAIN, *loads)
+        }
+
+    def _around(self, loads: Mapping[str, _Load]) -> Callable[[str], AbstractContextManager[object]]:
+        return lambda name: self.gathering(loads[name]) if name in loads else nullcontext()
+
+    def _time_solves(self, plain: float) -> list[Case]:
+        turns = self._settings.turns or (3 if self._device.type == "cuda" else 1)
+        seconds: list[list[float]] = [[] for _ in self._entries]
+        of_layers: list[dict[str, list[float]]] = [{} for _ in self._entries]
+        peaks: list[list[int]] = [[] for _ in self._entries]
+        moment_bytes = [0] * len(self._entries)
+        errors: list[dict[str, float]] = [{} for _ in self._entries]
+        total = turns * sum(len(entry.calibrated) for entry in self._entries)
+        with self._progress.task(f"{self.subject.name}: solving layers", total) as advance:
+            for _ in range(turns):
+                for i, entry in enumerate(self._entries):
+                    source = _Source(self)
+                    self._reset_peak()
+                    start = self.clock()
+                    for result in entry.pruner.prune(entry.component, cast(Calibration, source)):
+                        if not isinstance(result, Removed):
+                            of_layers[i].setdefault(result.name, []).append(result.seconds)
+                            if result.error is not None:
+                                errors[i][result.name] = result.error
+                            advance(1)
+                    seconds[i].append(self.clock() - start - source.seconds)
+                    moment_bytes[i] = source.bytes
+                    peak = self._peak()
+                    peaks[i] += [] if peak is None else [peak]
+                    for target in entry.layers:
+                        target.module.reset_parameters()
+                    _free_memory()
+        return [
+            Case(
+                self.subject.cases[i],
+                prune_table.describe(entry.pruner),
+                tuple(self._rows(entry, of_layers[i])),
+                tuple(seconds[i]),
+                sum(errors[i].values()) / len(errors[i]) if errors[i] else None,
+                max(peaks[i]) if peaks[i] else None,
+                moment_bytes[i],
+                plain,
+            )
+            for i, entry in enumerate(self._entries)
+        ]
+
+    def _rows(self, entry: Entry, of_layers: Mapping[str, list[float]]) -> Iterator[SolveRow]:
+        alike: dict[tuple[int, int], list[str]] = {}
+        for target in entry.calibrated:
+            alike.setdefault((target.outputs, target.inputs), []).append(target.name)
+        for (outputs, inputs), names in alike.items():
+            yield SolveRow(outputs, inputs, tuple(tuple(of_layers[name]) for name in names))
+
+    def _jobs(self, entry: Entry, case: Case, rows: Mapping[str, ForwardRow]) -> Iterator[Job]:
+        """What the job would take with one package, some tokens, and the recipe's packages."""
+        plain = rows[PLAIN].times
+        assert plain is not None
+        if entry.where not in self._names:
+            yield Job(case.name, "no calibration", 0, 0.0, 0.0, case.median)
+            return
+        names = self._names[entry.where]
+        for how, place in (("1 package", "all"), (f"1 package, {100 * SHARE:g} % of the tokens", "some")):
+            yield self._job(case, how, [rows[name] for name in names[place]], 1, plain)
+        parts = [rows[name] for name in names["packages"]]
+        if names["packages"] != names["all"]:
+            passes = entry.pruner.passes(len(parts))
+            yield self._job(case, several(len(parts), "package"), parts, passes, plain)
+
+    def _job(self, case: Case, how: str, parts: Sequence[ForwardRow], passes: int, plain: Times) -> Job:
+        times = [row.times.median for row in parts if row.times is not None]
+        count = self.subject.forwards * passes
+        if len(times) < len(parts):
+            return Job(case.name, how, count, None, None, case.median)
+        added = sum(times) / len(times) - plain.median
+        return Job(case.name, how, count, count * plain.median, count * added, case.median)
+
+    def _reset_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _peak(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,189 @@
+"""What `bench prune` works on: a known model or a recipe's, and the recipe that is to be timed on it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from compressor import pipeline as pipelines
+from compressor import prepare, recipe, registry, shrunk
+from compressor.bench import models
+from compressor.bench.models import KnownModel
+from compressor.bench.networks import VAE_FACTOR
+from compressor.bench.settings import check_size
+from compressor.calibration import sampling
+from compressor.errors import CompressorError
+from compressor.pipeline import Folder
+from compressor.recipe import Recipe
+from compressor.structure import Family
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says; None leaves it to the recipe, and for a known model to the paper.
+
+    Attributes:
+        size: height and width of the images in pixels.
+        prompts: to calibrate with.
+        steps: inference steps.
+        guidance: classifier-free guidance scale.
+        batch: prompts at a time.
+        packages: Module Packages.
+        solver: of single weights and N:M, for a known model.
+        layers: shorten each part of the network to so many; None for all.
+    """
+
+    size: int | None = None
+    prompts: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    batch: int | None = None
+    packages: int | None = None
+    solver: str | None = None
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, and what is to be done to it.
+
+    Attributes:
+        name: as it was asked for.
+        model: the network's size.
+        family: its table.
+        recipe: pruners and calibration.
+        cases: what each of its pruners is called.
+        height: latent rows.
+        width: latent columns.
+        pixels: height and width of the images.
+        guided: whether a prompt takes two samples of a forward.
+        layers: each part of the network is shortened to so many; None for all.
+    """
+
+    name: str
+    model: KnownModel
+    family: Family
+    recipe: Recipe
+    cases: tuple[str, ...]
+    height: int
+    width: int
+    pixels: tuple[int, int]
+    guided: bool
+    layers: int | None
+
+    @property
+    def calibration(self) -> recipe.Calibration:
+        """How it is calibrated."""
+        assert self.recipe.calibration is not None
+        return self.recipe.calibration
+
+    @property
+    def samples(self) -> int:
+        """Samples of one forward."""
+        return self.calibration.batch * (2 if self.guided else 1)
+
+    @property
+    def forwards(self) -> int:
+        """How often one pass over all prompts calls the network, with a scheduler that calls it once a step."""
+        return -(-self.calibration.samples // self.calibration.batch) * self.calibration.steps
+
+
+def find(name: str, asked: Asked) -> Subject:
+    """A known model with the pruners of the published tables, or the network and the pruners of a recipe.
+
+    Raises:
+        CompressorError: if it is neither, or what is asked does not fit it.
+    """
+    if name in models.MODELS:
+        return _known(models.find(name), asked)
+    if not Path(name).exists() and name not in recipe.shipped():
+        models.find(name)  # says which are known
+    return _of_recipe(name, asked)
+
+
+def _known(model: KnownModel, asked: Asked) -> Subject:
+    family: Family = registry.load("family", model.family)
+    size = asked.size or 512
+    check_size(model, size)
+    whole = {} if asked.layers is None or asked.layers > 2 else {"keep_first": 0, "keep_last": 0}
+    solver = {} if asked.solver is None else {"solver": asked.solver}
+    pruners = {
+        "unstructured 50 %": {"sparsity": 0.5, **solver},
+        "2:4": {"granularity": "n_m", **solver},
+        "structured 30 %": {"granularity": {"structured": {"heads": 0.3, "neurons": 0.3, **whole}}},
+    }
+    loaded = Recipe.model_validate(
+        {
+            "model": model.name,
+            "calibration": {"prompts": ["-"], "height": size, "width": size, **_calibration(asked)},
+            "prune": [{"obs_diff": options} for options in pruners.values()],
+            "output": "-",
+        }
+    )
+    assert loaded.calibration is not None
+    guided = family.prompting[0].guided and loaded.calibration.guidance > 1
+    side = size // VAE_FACTOR
+    return Subject(model.name, model, family, loaded, tuple(pruners), side, side, (size, size), guided, asked.layers)
+
+
+def _of_recipe(name: str, asked: Asked) -> Subject:
+    if asked.solver is not None:
+        raise CompressorError(f"solver has no effect: {name} says how its layers are solved; leave it out")
+    loaded = recipe.load(name)
+    if loaded.calibration is None:
+        raise CompressorError(f"{name}: should have a calibration to be timed, found none")
+    sizes = {} if asked.size is None else {"height": asked.size, "width": asked.size}
+    given = loaded.calibration.model_dump(exclude_unset=True) | sizes | _calibration(asked)
+    if asked.packages is not None:
+        given.pop("memory", None)
+    loaded = loaded.model_copy(update={"calibration": recipe.Calibration.model_validate(given)})
+    for i, entry in enumerate(loaded.prune):
+        if entry.pruner.moments == "gradients":
+            raise CompressorError(
+                f"{name}: prune[{i}] gathers gradients in some of the forwards, chosen at random, which bench prune "
+                "does not time; leave objective network out, or run the recipe and read its report"
+            )
+    folder = pipelines.open_folder(loaded.model, weights=False)
+    height, width = prepare.size_of(loaded, folder)
+    assert loaded.calibration is not None
+    return Subject(
+        name,
+        _size_of(name, folder, folder.text_tokens(loaded.calibration.max_sequence_length), asked.layers),
+        folder.family,
+        loaded,
+        tuple(f"prune[{i}]" for i in range(len(loaded.prune))),
+        height // folder.vae_factor,
+        width // folder.vae_factor,
+        (height, width),
+        sampling.guided(folder, loaded.calibration.guidance),
+        asked.layers,
+    )
+
+
+def _calibration(asked: Asked) -> dict[str, Any]:
+    """What the command line says of the calibration, by the recipe's names."""
+    given = {
+        "samples": asked.prompts,
+        "steps": asked.steps,
+        "guidance": asked.guidance,
+        "batch": asked.batch,
+        "packages": asked.packages,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _size_of(name: str, folder: Folder, tokens: int, layers: int | None) -> KnownModel:
+    config = folder.config(folder.network)
+    if shrunk.manifest_in(config) is not None:
+        raise CompressorError(f"{name}: its network has lost heads or neurons already; time the dense one's recipe")
+    diffusers: Any = import_module("diffusers")
+    known = inspect.signature(getattr(diffusers, folder.family.component_class).__init__).parameters
+    config = {key: value for key, value in config.items() if key in known}
+    depths = [model.depth for model in models.MODELS.values() if model.family == folder.family.name]
+    depth = tuple(key for key in (depths[0] if depths else ()) if key in config)
+    if layers is not None and not depth:
+        raise CompressorError(f"layers has no effect: how to shorten the network of {name} is not known; leave it out")
+    return KnownModel(name, folder.family.name, config, depth, tokens)

@@ -1,0 +1,290 @@
+"""The benchmark `prune` on tiny models: that it times what a run uses, what it tells, every message; never times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click.testing
+import pytest
+import torch
+from compressor_obs_diff import layers
+
+from compressor import calibration
+from compressor.bench import models, prune, subjects, timing
+from compressor.bench.models import MODELS
+from compressor.bench.subjects import Asked
+from compressor.bench.timing import Times
+from compressor.calibration import Moments, gathering
+from compressor.cli import main
+from compressor.units import DASH
+from tests import tiny
+from tests.bench.test_shrunk import TINY
+
+CASES = ("unstructured 50 %", "2:4", "structured 30 %")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_models(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "MODELS", MODELS | TINY)
+    monkeypatch.chdir(tmp_path)
+
+
+def call(arguments: str) -> click.testing.Result:
+    found = click.testing.CliRunner().invoke(main, ["bench", "prune", *arguments.split()])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of each table, without the rule below its heads."""
+    found: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.split("|")[1:-1]])
+        elif found[-1]:
+            found.append([])
+    return [[rows[0], *rows[2:]] for rows in found if rows]
+
+
+def recipe_of(kind: str, prune: str, calibration: str = "") -> str:
+    text = f"model: {tiny.folder(kind)}\ncalibration: {{prompts: [a], height: 16, width: 16, steps: 2{calibration}}}\n"
+    Path("r.yaml").write_text(f"{text}prune: {prune}\noutput: out\n")
+    return "r.yaml"
+
+
+def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
+    made_up = iter(range(1, 100))
+
+    def in_turns(calls, repeats, in_a_row, warmups, device, around, advance):
+        assert (repeats, in_a_row, warmups) == (3, 1, 1)
+        return {name: Times((float(next(made_up)),) * 3, (0.0,) * 3) for name in calls}
+
+    monkeypatch.setattr(prune, "in_turns", in_turns)
+    found = call("tiny-sd3 --size 64 --batch 3 --prompts 10 --steps 7 --repeats 3 --output deep/p.json")
+    assert found.exit_code == 0, found.stderr
+    assert "64 x 64 pixels, 6 samples a forward; medians of 3 turns of forwards and 1 turn of solves" in found.stdout
+    assert "Extrapolated from the medians above, not run: 10 prompts, 3 at a time, 7 steps." in found.stdout
+    forwards, solves, jobs = tables(found.stdout)
+    whole = ["all layers", "all layers, 25 % of the tokens"]
+    assert [row[0] for row in forwards[1:]] == [
+        "plain",
+        *(f"unstructured 50 %, 2:4: {kind}" for kind in [*(f"package {i} of 4" for i in range(1, 5)), *whole]),
+        *(f"structured 30 %: {kind}" for kind in [*(f"package {i} of 3" for i in range(1, 4)), *whole]),
+    ]
+    assert [row[5] for row in forwards[1:4]] == ["1.00x", "2.00x", "3.00x"]
+    assert sum(int(row[1]) for row in forwards[2:6]) == int(forwards[6][1]) == int(forwards[7][1])
+    assert [tuple(row[:3]) for row in solves[1:] if row[0] == "unstructured 50 %"] == [
+        ("unstructured 50 %", "32 x 32", "31"),
+        ("unstructured 50 %", "128 x 32", "7"),
+        ("unstructured 50 %", "32 x 128", "7"),
+        ("unstructured 50 %", "all", "45"),
+    ]
+    count = -(-10 // 3) * 7  # forwards of a pass, each of 1 s
+    expected = {
+        "1 package": (count, 1 * count, 5 * count),
+        "1 package, 25 % of the tokens": (count, 1 * count, 6 * count),
+        "4 packages": (4 * count, 4 * count, (1 + 2 + 3 + 4) * count),
+    }
+    data = json.loads(Path("deep/p.json").read_text())["models"][0]
+    for case in CASES[:2]:
+        these = {job["how"]: job for job in data["extrapolated"] if job["name"] == case}
+        for how, (forwards_of, plain, moments) in expected.items():
+            assert (these[how]["forwards"], these[how]["plain"], these[how]["moments"]) == (forwards_of, plain, moments)
+            solved = next(row for row in data["solves"] if row["name"] == case)["median"]
+            assert these[how]["seconds"] == pytest.approx(plain + moments + solved)
+            assert these[how]["solves"] == solved > 0
+    assert [row[:3] for row in jobs[1:]][2] == ["unstructured 50 %", "4 packages", "112"]
+    assert {row["name"] for row in data["solves"]} == set(CASES)
+    assert all(len(layer) == 1 for row in data["solves"] for shape in row["shapes"] for layer in shape["seconds"])
+    assert "peak memory of the whole process: " in found.stdout
+
+
+def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
+    """It comes through the functions that a calibration and a pruner call, and leaves the network dense."""
+    seen: dict[str, int] = {"add": 0, "prune_package": 0}
+    add, prune_package = Moments.add, layers.prune_package
+
+    def watched_add(self, x, weight):
+        seen["add"] += 1
+        add(self, x, weight)
+
+    def watched_prune(options, package, moments, zeros):
+        seen["prune_package"] += 1
+        assert all(int(found.tokens) > 0 for found in moments.values())
+        yield from prune_package(options, package, moments, zeros)
+
+    monkeypatch.setattr(Moments, "add", watched_add)
+    monkeypatch.setattr(layers, "prune_package", watched_prune)
+    assert prune.gather is gathering.gather is calibration.gather
+    subject = subjects.find("tiny-sd3", Asked(size=64, batch=1, layers=2))
+    bench = prune._Bench(
+        subject,
+        prune._plan(subject),
+        prune.Settings(("tiny-sd3",), repeats=1),
+        torch.device("cpu"),
+        "float32",
+        tiny.quiet(),
+    )
+    found = bench.measure()
+    inputs = found.forwards[5].inputs
+    assert found.forwards[5].name == "unstructured 50 %, 2:4: all layers"
+    assert seen["prune_package"] == 2 * 4
+    of_structured = found.forwards[-1].inputs
+    # for each, packages and all and a share, thrice: for memory, as a warm-up, timed; then the solves
+    assert seen["add"] == 9 * (inputs + of_structured) + 2 * inputs + of_structured
+    weights = [target.module.weight for target in bench._entries[0].component.targets]
+    assert all(weight.count_nonzero() == weight.numel() for weight in weights)
+
+
+def test_a_kind_of_forward_is_around_its_calls_alone():
+    inside: list[str] = []
+
+    class Around:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            inside.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            inside.remove(self.name)
+
+    seen: list[tuple[str, list[str]]] = []
+    calls = {name: lambda name=name: seen.append((name, list(inside))) for name in "ab"}
+    turns: list[int] = []
+    timing.in_turns(calls, 2, 1, 1, torch.device("cpu"), Around, turns.append)
+    assert seen == [(name, [name]) for name in "ababba"]
+    assert turns == [1] * 4
+    assert not inside
+
+
+def test_memory_that_runs_out_costs_one_row(monkeypatch):
+    gathering_of = prune._Bench.gathering
+
+    def gathering(self, load):
+        if load.name.endswith("2:4: all layers"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gathering_of(self, load)
+
+    monkeypatch.setattr(prune._Bench, "gathering", gathering)
+    found = call("tiny-sd3 --size 64 --batch 1 --repeats 1 --layers 1")
+    assert found.exit_code == 0, found.stderr
+    forwards, _, jobs = tables(found.stdout)
+    (row,) = [row for row in forwards if row[0] == "unstructured 50 %, 2:4: all layers"]
+    assert row[3:] == ["memory ran out", DASH, DASH, DASH]
+    (job,) = [row for row in jobs if row[:2] == ["2:4", "1 package"]]
+    assert job[3:5] == [DASH, DASH]
+    assert job[6] == DASH
+
+
+def test_a_recipe_is_timed_with_its_own_pruners_and_calibration():
+    pruners = "[{obs_diff: {sparsity: 0.6, solver: admm}, targets: {include: [feed_forward]}}, "
+    pruners += "{magnitude: {sparsity: 0.5}, targets: {include: [attention]}}]"
+    found = call(recipe_of("sd3", pruners, ", samples: 6, batch: 2, packages: 2, tokens: 0.5") + " --repeats 1")
+    assert found.exit_code == 0, found.stderr
+    assert "16 x 16 pixels, 4 samples a forward" in found.stdout
+    forwards, solves, jobs = tables(found.stdout)
+    assert [row[0] for row in forwards[1:]] == [
+        "plain",
+        "prune[0]: package 1 of 2, 50 % of the tokens",
+        "prune[0]: package 2 of 2, 50 % of the tokens",
+        "prune[0]: all layers",
+        "prune[0]: all layers, 25 % of the tokens",
+    ]
+    assert {row[0] for row in solves[1:]} == {"prune[0]", "prune[1]"}
+    assert [row[:3] for row in jobs[1:]] == [
+        ["prune[0]", "1 package", "6"],
+        ["prune[0]", "1 package, 25 % of the tokens", "6"],
+        ["prune[0]", "2 packages", "12"],
+        ["prune[1]", "no calibration", "0"],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl", "flux"])
+def test_a_recipe_of_every_family_is_timed_and_can_be_told_otherwise(kind):
+    path = recipe_of(kind, "[{obs_diff: {sparsity: 0.5}}]")
+    found = call(f"{path} --repeats 1 --prompts 3 --batch 2 --steps 5 --packages 1 --guidance 1")
+    assert found.exit_code == 0, found.stderr
+    assert "2 samples a forward" in found.stdout
+    assert "not run: 3 prompts, 2 at a time, 5 steps" in found.stdout
+    assert [row[:3] for row in tables(found.stdout)[2][1:]] == [
+        ["prune[0]", "1 package", "10"],
+        ["prune[0]", "1 package, 25 % of the tokens", "10"],
+    ]
+
+
+def test_the_papers_setting_is_the_default():
+    for name, samples in (("sd3-medium", 8), ("flux-dev", 4)):
+        found = subjects.find(name, Asked())
+        assert found.pixels == (512, 512)
+        assert found.samples == samples  # Flux is told the guidance scale instead
+        assert found.forwards == 25 * 25
+        assert found.calibration.packages is None  # 4
+    solvers = [
+        getattr(entry.pruner, "solver", None) for entry in subjects.find("sdxl", Asked(solver="admm")).recipe.prune
+    ]
+    assert solvers == ["admm", "admm", "obs"]
+
+
+def test_a_known_models_layers_are_all_that_the_published_tables_count():
+    subject = subjects.find("sd3-medium", Asked())
+    seen = prune._plan(subject)
+    assert len(seen.tokens) == 24 * 12 - 3
+    assert seen.tokens["transformer_blocks.0.attn.to_q"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", f"should name a recipe or at least one model; known: {', '.join(MODELS | TINY)}"),
+        ("sd3-medum", "no model named 'sd3-medum'; did you mean 'sd3-medium'?"),
+        ("tiny-sd3 --size 72", "size: should be a multiple of 16 pixels for tiny-sd3, found 72"),
+        ("tiny-sd3 --size 64 --output .", "output: should be a file to write, found the folder ."),
+        (
+            "tiny-sd3 --size 64 --layers 1 --packages 9",
+            "calibration.packages: should be at most 4, the number of units of layers that run side by side, found 9",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(arguments, message):
+    found = call(arguments)
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (1, f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "arguments", "message"),
+    [
+        (
+            "sd3",
+            "[{obs_diff: {sparsity: 0.5}}]",
+            "--solver admm",
+            "solver has no effect: r.yaml says how its layers are solved; leave it out",
+        ),
+        (
+            "sd3",
+            "[{obs_diff: {sparsity: 0.5, solver: admm, objective: network}}]",
+            "",
+            "r.yaml: prune[0] gathers gradients in some of the forwards, chosen at random, which bench prune does not "
+            "time; leave objective network out, or run the recipe and read its report",
+        ),
+        (
+            "pixart",
+            "[{obs_diff: {sparsity: 0.5}}]",
+            "--layers 1",
+            "layers has no effect: how to shorten the network of r.yaml is not known; leave it out",
+        ),
+    ],
+)
+def test_a_recipes_mistake_is_told_in_one_sentence(kind, entries, arguments, message):
+    found = call(f"{recipe_of(kind, entries)} {arguments}")
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (1, f"error: {message}")
+
+
+def test_a_recipe_without_calibration_is_refused():
+    Path("m.yaml").write_text(
+        f"model: {tiny.folder('sd3')}\nprune: [{{magnitude: {{sparsity: 0.5}}}}]\nreport: {{images: 0}}\noutput: out\n"
+    )
+    found = call("m.yaml")
+    assert found.stderr == "error: m.yaml: should have a calibration to be timed, found none\n"
