@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressor_obs_diff import OBSDiff, solvers
+from compressor_obs_diff import layers as obs_diff_layers
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.solver import factorise, relative_error, sweep, sweep_together
@@ -449,6 +450,18 @@ def test_layers_that_share_an_input_are_solved_at_once_as_each_would_be_alone(gr
         assert together.zeros == alone.zeros == int((expected_OI == 0).sum())
         assert together.error == pytest.approx(alone.error, rel=1e-4)
         assert together.seconds > 0
+
+
+def test_no_more_weights_are_solved_at_once_than_memory_is_meant_for(monkeypatch):
+    calls = []
+    monkeypatch.setattr(solvers, "sweep_together", lambda *args: calls.append(len(args[0])) or sweep_together(*args))
+    monkeypatch.setattr(obs_diff_layers, "MOST_TOGETHER", 70)
+    _, x_TI = problem(4, 8)
+    packed = package([problem(outputs, 8, seed=outputs)[0].float() for outputs in (4, 4, 1, 20, 2, 3)])
+    held = {packed.groups[0].name: moments((x_TI.T @ x_TI).float())}
+    results = list(prune_package(OBSDiff.model_validate({"sparsity": 0.5}), packed, held))
+    assert calls == [2, 1, 1, 2]  # 64, 8, 160 and 40 weights
+    assert [result.name for result in results] == [target.name for target in packed.groups[0].targets]
 
 
 def test_a_damping_that_had_to_rise_is_reported():

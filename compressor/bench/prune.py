@@ -18,8 +18,7 @@ from compressor.bench import forwards, models, networks, prune_table, results, s
 from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
 from compressor.bench.subjects import Asked, Subject
 from compressor.bench.timing import Times, in_turns
-from compressor.calibration import Calibration, Moments, Package, StepCounter
-from compressor.calibration.gathering import gather
+from compressor.calibration import Calibration, Moments, Package, StepCounter, gathering
 from compressor.calibration.packages import cut
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
@@ -124,8 +123,8 @@ class _Source:
         self.seconds = 0.0
         self.bytes = 0
 
-    def packages(self, targets: Sequence[Target], kind: MomentKind) -> tuple[Package, ...]:
-        """As the recipe says."""
+    def packages(self, targets: Sequence[Target], kind: MomentKind, *, deal_out: bool = False) -> tuple[Package, ...]:
+        """As the recipe says, for one process."""
         given = self._bench.subject.calibration
         return cut(targets, self._bench.seen, kind, given.packages, given.memory)
 
@@ -188,9 +187,10 @@ class _Bench:
         counter = StepCounter(torch.tensor([self._timestep]))
         tokens = Tokens(load.share, 0)
         meter = Meter(self._device)
-        with gather(
+        with gathering.watch(
             self._network, load.package, load.kind, lambda timestep: 1.0 + counter.step(timestep), tokens, meter
-        ) as moments:
+        ) as (moments, next_batch):
+            next_batch(0)
             yield moments
 
     def _loads(self) -> dict[str, _Load]:

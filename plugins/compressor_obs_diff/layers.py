@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 COUPLED_STEPS = 50
 """Of the refit in the outputs' metric, whose rows depend on one another: ADMM leaves little to do."""
+MOST_TOGETHER = 2**26
+"""Weights that are swept at once: 256 MB a copy in float32. A layer that has more is swept alone."""
 LEAST_SPREAD = 1e-4
 """Of the inputs about their mean, relative to their squares; below it, no bias absorbs the mean."""
 
@@ -82,7 +84,13 @@ def _together(options: OBSDiff, members: Iterator[Member]) -> Iterator[list[Memb
         yield from ([member] for member in members)
         return
     for _, found in groupby(list(members), key=lambda member: id(member[1])):
-        yield list(found)
+        together: list[Member] = []
+        for member in found:
+            if together and sum(target.module.weight.numel() for target, *_ in [*together, member]) > MOST_TOGETHER:
+                yield together
+                together = []
+            together.append(member)
+        yield together
 
 
 def _solve(

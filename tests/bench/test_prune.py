@@ -10,12 +10,12 @@ import pytest
 import torch
 from compressor_obs_diff import layers
 
-from compressor import calibration
-from compressor.bench import models, prune, subjects, timing
+from compressor import calibration, prepare
+from compressor.bench import models, networks, prune, subjects, timing
 from compressor.bench.models import MODELS
 from compressor.bench.subjects import Asked
 from compressor.bench.timing import Times
-from compressor.calibration import Moments, gathering
+from compressor.calibration import Moments
 from compressor.cli import main
 from compressor.units import DASH
 from tests import tiny
@@ -117,7 +117,7 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
 
     monkeypatch.setattr(Moments, "add", watched_add)
     monkeypatch.setattr(layers, "prune_package", watched_prune)
-    assert prune.gather is gathering.gather is calibration.gather
+    assert prune.gathering.watch is calibration.gathering.watch
     subject = subjects.find("tiny-sd3", Asked(size=64, batch=1, layers=2))
     bench = prune._Bench(
         subject,
@@ -231,8 +231,11 @@ def test_the_papers_setting_is_the_default():
 def test_a_known_models_layers_are_all_that_the_published_tables_count():
     subject = subjects.find("sd3-medium", Asked())
     seen = prune._plan(subject)
-    assert len(seen.tokens) == 24 * 12 - 3
-    assert seen.tokens["transformer_blocks.0.attn.to_q"] == 1024
+    twin = networks.build(subject.model, subject.family, None, torch.device("meta"), torch.float32)
+    zeroing, two_four, removing = prepare.enter(subject.recipe, "network", twin, subject.family, seen)
+    assert len(zeroing.calibrated) == len(two_four.calibrated) == 24 * 12 - 3
+    assert seen.tokens[zeroing.calibrated[0].name] == 1024
+    assert len(removing.calibrated) == 22 * 4  # both outputs and both down projections but of the first and last block
 
 
 @pytest.mark.parametrize(
