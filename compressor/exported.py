@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from compressor import checkpoint, measure
 from compressor.errors import CompressorError
 from compressor.options import Options
-from compressor.output import RECORD
+from compressor.output import PAGES, RECORD
 from compressor.pipeline import Pipeline, pick_device
 from compressor.plugin import Export, Exporter
 from compressor.progress import Progress
@@ -66,15 +66,19 @@ def verify_all(folder: Path) -> Iterator[str]:
         CompressorError: naming the first file that is not, or saying that there is nothing to check.
     """
     found = list(find(folder))
-    if (folder / RECORD).is_file() or not found:
-        files = checkpoint.verify(folder)["files"]
-        yield f"{folder}: {several(len(files), 'file')} as saved"
+    is_export = (folder / MANIFEST).is_file()
+    if not is_export and ((folder / RECORD).is_file() or (folder / "model_index.json").is_file() or not found):
+        record = checkpoint.verify(folder)
+        written = {*record["files"], RECORD, *PAGES}
+        _refuse_strangers(folder, RECORD, written, {name for entry in record["recipe"]["export"] for name in entry})
+        yield f"{folder}: {several(len(record['files']), 'file')} as saved"
         for lost in (folder / name for name in registered("exporter")):
             if lost.is_dir() and not (lost / MANIFEST).is_file():
                 raise CompressorError(f"{lost / MANIFEST}: missing, so that nothing in {lost} can be checked")
     pipeline: Pipeline | None = None
     for export, result in found:
         manifest = verify(export)
+        _refuse_strangers(export, MANIFEST, {*manifest["files"], MANIFEST})
         yield f"{export}: {several(len(manifest['files']), 'file')} as exported"
         if result is None:
             yield f"{export}: not compared with torch: no {RECORD} around it"
@@ -85,6 +89,8 @@ def verify_all(folder: Path) -> Iterator[str]:
         except CompressorError as error:
             start = "" if str(error).startswith(str(export)) else f"{export}: "
             raise CompressorError(f"{start}{error}") from error
+        if not proofs:
+            yield f"{export}: not compared with torch: {manifest['exporter']} has nothing that it could run here"
         for name, checks in proofs.items():
             if not checks.get("numeric"):
                 continue
@@ -183,6 +189,11 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CompressorError(
                 f"{folder / name}: changed after the export: should have sha256 {noted['sha256']}, found {found}"
             )
+        if path.stat().st_size != noted["bytes"]:
+            raise CompressorError(
+                f"{folder / MANIFEST}: files.{name}.bytes should be {path.stat().st_size} as on the disk, "
+                f"found {noted['bytes']}"
+            )
     return manifest
 
 
@@ -215,6 +226,7 @@ def prove(folder: Path, result: Path, manifest: dict[str, Any], pipeline: Pipeli
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, ("options", *first["loc"])))
         raise CompressorError(f"{folder / MANIFEST}: damaged: {where}: {first['msg']}") from None
+    _check_options(folder, result, manifest)
     proofs = exporter.verify(pipeline, folder)
     for name, proof in proofs.items():
         noted = manifest["checks"].get(name, {})
@@ -227,13 +239,38 @@ def prove(folder: Path, result: Path, manifest: dict[str, Any], pipeline: Pipeli
     return proofs
 
 
+def _check_options(folder: Path, result: Path, manifest: dict[str, Any]) -> None:
+    """Makes sure that a manifest has the options that the result's recipe gave: no tolerance made wide afterwards."""
+    name, options = manifest["exporter"], manifest["options"]
+    recipe = json.loads((result / RECORD).read_text(encoding="utf-8"))["recipe"]
+    asked = next((entry[name] for entry in recipe["export"] if name in entry), None)
+    if asked is None:
+        raise CompressorError(f"{folder / MANIFEST}: the recipe in {RECORD} has no export with {name}")
+    for key in sorted({*asked, *options}):
+        if asked.get(key) != options.get(key):
+            raise CompressorError(
+                f"{folder / MANIFEST}: options.{key} should be {json.dumps(asked.get(key))} as in {RECORD}, "
+                f"found {json.dumps(options.get(key))}"
+            )
+
+
+def _refuse_strangers(folder: Path, manifest: str, listed: set[str], apart: Iterable[str] = ()) -> None:
+    """Makes sure that a folder holds nothing that its manifest does not list, but for notes and hidden files."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_file() or name.as_posix() in listed or name.parts[0] in apart:
+            continue
+        if name.suffix != ".md" and not any(part.startswith(".") for part in name.parts):
+            raise CompressorError(f"{path}: was not there when {manifest} was written; put it elsewhere")
+
+
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]
         _ = [manifest["exporter"], manifest["options"], manifest["source"][RECORD], manifest["checks"]]
-        _ = [noted["sha256"] for noted in files.values()]
+        _ = [(noted["bytes"], noted["sha256"]) for noted in files.values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressorError(f"{file}: damaged: {error!r}") from None
     if version != FORMAT:

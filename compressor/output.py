@@ -16,6 +16,9 @@ from compressor.errors import CompressorError
 RECORD = "compression.json"
 """The file by which a folder is known as a result."""
 
+PAGES = ("report.json", "report.html")
+"""What a run writes beside it, of which no hash is kept."""
+
 
 def claim(output: Path, source: Path | None, overwrite: bool) -> None:
     """Makes sure, before any work is done, that the result may be written to this folder.
@@ -76,7 +79,7 @@ def _find_stranger(output: Path) -> str | None:
     """Something in a folder that no run put there, or None if all of it is an earlier result."""
     try:
         record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-        files = {output / name for name in (*record["files"], RECORD, "report.json", "report.html")}
+        files = {output / name for name in (*record["files"], RECORD, *PAGES)}
         exported = {output / name for exporter in record["recipe"]["export"] for name in exporter}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return min((path.name for path in output.iterdir()), default=None)

@@ -205,6 +205,20 @@ def test_a_file_that_was_edited_with_its_hash_is_found_by_what_it_computes(copy)
     assert found.stderr.startswith(said)
 
 
+def noted(export: Path) -> dict[str, Any]:
+    return json.loads((export / "export.json").read_text())
+
+
+def rewrite(export: Path, **changes: Any) -> None:
+    (export / "export.json").write_text(json.dumps(noted(export) | changes))
+
+
+def forget_size(export: Path) -> None:
+    files = noted(export)["files"]
+    files["model_index.json"]["bytes"] += 1
+    rewrite(export, files=files)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -215,7 +229,10 @@ def test_a_file_that_was_edited_with_its_hash_is_found_by_what_it_computes(copy)
             "export.json: damaged: KeyError('files')",
         ),
         (lambda export: rewrite(export, format=9), "should be of format 1, found 9; update the package"),
-        (lambda export: rewrite(export, files={"../r": {"sha256": ""}}), "names a file outside its folder: ../r"),
+        (
+            lambda export: rewrite(export, files={"../r": {"bytes": 0, "sha256": ""}}),
+            "names a file outside its folder: ../r",
+        ),
         (lambda export: rewrite(export, source={"compression.json": "0"}), "found 0; export again"),
         (lambda export: rewrite(export, exporter="onxn"), "no exporter named 'onxn'; did you mean 'onnx'?"),
         (
@@ -226,6 +243,31 @@ def test_a_file_that_was_edited_with_its_hash_is_found_by_what_it_computes(copy)
             lambda export: (export / "export.json").unlink(),
             "onnx/export.json: missing, so that nothing in ",
         ),
+        (
+            lambda export: (export / "vae_decoder" / "model.onnx.data").touch(),
+            "onnx/vae_decoder/model.onnx.data: was not there when export.json was written; put it elsewhere",
+        ),
+        (
+            lambda export: (export.parent / "vae" / "pytorch_model.bin").touch(),
+            "out/vae/pytorch_model.bin: was not there when compression.json was written; put it elsewhere",
+        ),
+        (
+            lambda export: shutil.copytree(export, export.parent / "more"),
+            "out/more/export.json: was not there when compression.json was written; put it elsewhere",
+        ),
+        (
+            lambda export: (export.parent / "compression.json").unlink(),
+            "out: should be a result of `compressor run`, found no compression.json",
+        ),
+        (
+            lambda export: rewrite(export, options=noted(export)["options"] | {"tolerance": 9.0}),
+            "onnx/export.json: options.tolerance should be null as in compression.json, found 9.0",
+        ),
+        (
+            lambda export: rewrite(export, exporter="tensorrt", options={}),
+            "onnx/export.json: the recipe in compression.json has no export with tensorrt",
+        ),
+        (forget_size, "onnx/export.json: files.model_index.json.bytes should be "),
     ],
 )
 def test_what_is_wrong_with_an_export_is_told(copy, change, message):
@@ -235,20 +277,32 @@ def test_what_is_wrong_with_an_export_is_told(copy, change, message):
     assert message in found.stderr
 
 
+def test_notes_and_hidden_files_may_lie_in_a_verified_folder(copy, tmp_path):
+    alone = Path(shutil.copytree(copy / "onnx", tmp_path / "alone"))
+    (alone / "README.md").touch()
+    (alone / ".cache").mkdir()
+    (alone / ".cache" / "download").touch()
+    assert call("verify", alone).exit_code == 0
+
+
+def test_an_export_that_cannot_be_run_here_is_verified_by_its_hashes_and_says_so(copy, monkeypatch):
+    monkeypatch.setattr(ONNX, "verify", lambda _self, _pipeline, _folder: {})
+    export = copy / "onnx"
+    assert call("verify", copy).stdout.splitlines()[1:] == [
+        f"{export}: 16 files as exported",
+        f"{export}: not compared with torch: onnx has nothing that it could run here",
+    ]
+
+
 def test_what_the_manifest_says_of_a_file_is_held_against_the_file(copy):
     checks = json.loads((copy / "onnx" / "export.json").read_text())["checks"]
     opset = checks["text_encoder"]["opset"]
     checks["text_encoder"]["opset"] = 99
-    rewrite(copy / "onnx", checks=checks, options={"components": ["text_encoder"]})
+    rewrite(copy / "onnx", checks=checks)
     found = call("verify", copy)
     assert found.exit_code == 1
     said = f"checks.text_encoder.opset should be {opset} as in the file, found 99"
     assert found.stderr == f"error: {copy / 'onnx' / 'export.json'}: {said}\n"
-
-
-def rewrite(export: Path, **changes: Any) -> None:
-    manifest = json.loads((export / "export.json").read_text())
-    (export / "export.json").write_text(json.dumps(manifest | changes))
 
 
 def test_verify_of_a_folder_that_is_neither_says_what_it_should_be(tmp_path):
