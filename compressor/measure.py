@@ -37,10 +37,16 @@ PACKAGES = (
 
 
 class Stopwatch:
-    """Seconds by phase, in the order in which the phases ran."""
+    """Seconds by phase, in the order in which the phases ran.
+
+    Attributes:
+        seconds: by phase.
+        device: what is waited for at the end of a phase, if it is a GPU; None until it is known.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.device: torch.device | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -49,8 +55,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if self.device is not None and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def move(self, source: str, name: str, seconds: float) -> None:
@@ -132,10 +138,10 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def peak_memory() -> dict[str, int]:
-    """The most memory that this process has had, in bytes: resident, and allocated on the GPU where there is one."""
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most memory that this process has had, in bytes: resident, and allocated on the device if that is a GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"cpu_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peak["gpu_allocated"] = torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        peak["gpu_allocated"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -342,6 +343,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "meta":
         raise CompressorError("device: 'meta' cannot be used: it computes nothing")
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """While it lasts, a GPU is the one that is meant where none is named; nothing for other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _locate(model: Model, *, weights: bool) -> Path:

@@ -182,6 +182,7 @@ def prepare(
         progress.say(f"loading {recipe.model.source}")
         device = ranks.device(recipe.device)
         pipeline = pipelines.load(recipe.model, device, folder, turns=recipe.offload == "model")
+        watch.device = pipeline.device
         explained = (*explain_guidance(recipe, folder), *explain_left_out(planned), *explain_dense(recipe))
         warnings = (*pipeline.warnings, *explained)
         for warning in warnings:

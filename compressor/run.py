@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import checkpoint, exported, measure, report
+from compressor import pipeline as pipelines
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
 from compressor.plugin import Samples
@@ -55,7 +56,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False, ranks: R
 
     with watch.phase("draw"):
         pairs = job.pairs(dense, job.draw(progress, "drawing, pruned"))
-    processes, peaks = ranks.count, ranks.gather(measure.peak_memory())
+    processes, peaks = ranks.count, ranks.gather(measure.peak_memory(pipeline.device))
     ranks.leave()
     if not ranks.first:
         return output
@@ -81,7 +82,7 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False, ranks: R
             facts,
             exports=exports,
             times=dict(watch.seconds),
-            peak_memory=_most(facts.peak_memory, measure.peak_memory()),
+            peak_memory=_most(facts.peak_memory, measure.peak_memory(pipeline.device)),
         )
         _tell(facts, pairs, output)
     told = {*job.warnings, *(job.calibration.facts.warnings if job.calibration else [])}
@@ -169,7 +170,7 @@ def _facts(
         parts=parts,
         sizes=sizes,
         times=dict(watch.seconds),
-        peak_memory=measure.peak_memory(),
+        peak_memory=measure.peak_memory(pipeline.device),
         calibration=calibration,
         metrics=figures,
         left_out={name: reason for entry in job.entries for name, reason in entry.left_out.items()},
@@ -233,7 +234,8 @@ def _export(recipe: Recipe, output: Path, watch: Stopwatch, progress: Progress) 
         folder.mkdir()
         progress.say(f"exporting with {name}")
         inner = Stopwatch()
-        with watch.phase("export"), inner.phase(name):
+        inner.device = saved.device
+        with watch.phase("export"), inner.phase(name), pipelines.current(saved.device):
             try:
                 export = exporter.export(saved, folder)
                 exported.write(exporter, export, folder, output)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from compressor_obs_diff.weightings import Uniform
+from compressor_onnx import ONNX
 
+from compressor import measure
 from compressor.calibration import timing
 from compressor.measure import Stopwatch
+from compressor.plugin import Export
 from compressor.recipe import Recipe
 from compressor.run import run
 from tests import tiny
@@ -70,6 +75,78 @@ def test_the_report_of_a_run_says_where_the_time_went(pruner, tmp_path):
     assert list(times) == ["load", "encode", "measure", "draw", *calibrating, "solves", "check", "save"]
     assert all(seconds >= 0 for seconds in times.values())
     assert sum(times.values()) > 0
+
+
+def test_the_end_of_a_phase_waits_for_the_gpu_of_the_job_and_for_no_other(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    watch = Stopwatch()
+    for device in (None, torch.device("cpu"), torch.device("cuda:1")):
+        watch.device = device
+        with watch.phase("load"):
+            pass
+    assert waited == [torch.device("cuda:1")]
+
+
+def test_the_peak_is_that_of_the_gpu_of_the_job(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *device: {"cuda:1": 7}[str(*device)])
+    assert measure.peak_memory(torch.device("cuda:1"))["gpu_allocated"] == 7
+    assert measure.peak_memory(torch.device("cpu")).keys() == {"cpu_resident"}
+
+
+def test_blocks_on_a_gpu_are_timed_on_its_own_stream(monkeypatch):
+    recorded = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object = "the current GPU's") -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, _end: object) -> float:
+            return 1500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: f"stream of {device[0]}")
+    meter = timing.Meter(torch.device("cuda:1"))
+    with meter.block():
+        pass
+    meter.settle()
+    assert recorded == ["stream of cuda:1"] * 2
+    assert meter.seconds == 1.5
+
+
+def test_a_run_waits_for_its_device_and_exports_with_it_as_the_current_one(monkeypatch, tmp_path):
+    made_current, watches, exported_on = [], [], []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        made_current.append(device)
+        yield
+        made_current.clear()
+
+    class Watch(Stopwatch):
+        def __init__(self) -> None:
+            super().__init__()
+            watches.append(self)
+
+    def export(_self: ONNX, _pipeline: object, _folder: Path) -> Export:
+        exported_on.extend(made_current)
+        return Export((), {})
+
+    monkeypatch.setattr("compressor.pipeline.current", current)
+    monkeypatch.setattr("compressor.run.Stopwatch", Watch)
+    monkeypatch.setattr(ONNX, "export", export)
+    given = recipe(tmp_path / "out", {"magnitude": {"sparsity": 0.5}})
+    run(given.model_copy(update={"export": (ONNX(),)}), tiny.quiet())
+    assert exported_on == [torch.device("cpu")]
+    assert [watch.device for watch in watches] == [torch.device("cpu")] * 2
 
 
 @pytest.mark.gpu

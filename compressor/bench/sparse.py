@@ -163,7 +163,7 @@ def _timed(model: KnownModel, settings: Settings, device: torch.device, progress
         }
         torch.cuda.empty_cache()
         given = networks.inputs(model, family, dense, batch, settings.size)
-        calls = {"dense": _forward(dense, family, settings, given)}
+        calls = {"dense": _forward(dense, family, settings, given, device)}
         shapes: Counter[str] = Counter()
         error = None
         if gaining:
@@ -178,7 +178,7 @@ def _timed(model: KnownModel, settings: Settings, device: torch.device, progress
                 )
             del right
             shapes = Counter(chosen.values())
-            calls["sparse"] = _forward(sparse, family, settings, given)
+            calls["sparse"] = _forward(sparse, family, settings, given, device)
         times = in_turns(calls, settings.repeats, 4, 3, device)
         yield Row(
             model.name,
@@ -201,13 +201,15 @@ def share_weights(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
 
 
-def _forward(network: nn.Module, family: Family, settings: Settings, given: Any) -> Callable[[], object]:
+def _forward(
+    network: nn.Module, family: Family, settings: Settings, given: Any, device: torch.device
+) -> Callable[[], object]:
     """Compiled as the settings say, and recorded as a CUDA graph."""
     if settings.extent == "no":
         call = forwards.eager(network, given)
     else:
         call = forwards.compiled(network, family, settings.extent, given)  # pyright: ignore[reportArgumentType]
-    return product.record(call)
+    return product.record(call, device)
 
 
 def _output(network: nn.Module, given: Any) -> Tensor:

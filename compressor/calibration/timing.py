@@ -21,22 +21,23 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._running: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def block(self) -> Iterator[None]:
         """Counts the block."""
-        if not self._on_gpu:
+        if self._device.type != "cuda":
             start = time.perf_counter()
             yield
             self.seconds += time.perf_counter() - start
             return
         begin, end = self._spare.pop() if self._spare else (_event(), _event())
-        begin.record()
+        stream = torch.cuda.current_stream(self._device)  # events without a stream are those of the current GPU
+        begin.record(stream)
         yield
-        end.record()
+        end.record(stream)
         self._running.append((begin, end))
 
     def settle(self) -> None:

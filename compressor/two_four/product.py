@@ -142,20 +142,27 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, algor
     return y_TO[:tokens].reshape(*x.shape[:-1], outputs)
 
 
-def record(call: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of a call: replaying it costs Python nothing, and its results lie where the first ones did."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+def record(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A CUDA graph of a call: replaying it costs Python nothing, and its results lie where the first ones did.
+
+    Args:
+        call: what is recorded, after two calls that are not.
+        device: the GPU that it computes on.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
 
     def replay() -> object:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return result
 
     return replay
@@ -190,7 +197,7 @@ def measure(
         xs = [random(tokens, inputs) for _ in range(copies)]
         weights = [random(outputs, inputs) for _ in range(copies)]
         bias_O = random(outputs) if bias else None
-        dense = record(lambda: [functional.linear(x, w, bias_O) for x, w in zip(xs, weights, strict=True)])
+        dense = record(lambda: [functional.linear(x, w, bias_O) for x, w in zip(xs, weights, strict=True)], device)
         note = unfit(tokens, inputs, outputs)
         if note:
             return Timed(_times([dense], turns, copies)[0], note=note)
@@ -204,14 +211,14 @@ def measure(
 
         algorithm, error = _fastest(
             candidates(xs[0], packed[0], bias_O),
-            lambda candidate: _times([record(series(candidate))], 3, copies)[0],
+            lambda candidate: _times([record(series(candidate), device)], 3, copies)[0],
             lambda candidate: difference(multiply(xs[0], packed[0], bias_O, outputs, candidate), right),
             TOLERANCE[dtype],
         )
         if algorithm is None:
             return Timed(_times([dense], turns, copies)[0], note=str(error))
         assert isinstance(error, float)
-        in_turns = _times([dense, record(series(algorithm))], turns, copies)
+        in_turns = _times([dense, record(series(algorithm), device)], turns, copies)
     return Timed(in_turns[0], in_turns[1], algorithm, error)
 
 

@@ -90,7 +90,7 @@ class Forward:
             self.sparse.append(layers.decide_all(self._layers, seen, self._decide))
             for line in explain(self.sparse[-1], len(self._layers)):
                 self._say(line)
-            replay = product.record(lambda: self._forward(*args, **kwargs))
+            replay = product.record(lambda: self._forward(*args, **kwargs), device)
         return [leaf for leaf in static if isinstance(leaf, Tensor)], replay
 
 
