@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compressor import measure, prepare
+from compressor import prepare
 from compressor.bench import forwards, models, networks, prune_table, results, subjects
 from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
 from compressor.bench.subjects import Asked, Subject
@@ -86,9 +86,9 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
         progress.say(f"{subject.name}: building random weights")
         done.append(_Bench(subject, seen, settings, device, dtype, progress).measure())
         if output is not None:
-            results.write(output, prune_table.as_json(settings, measure.device_name(device), dtype, done))
+            results.write(output, prune_table.as_json(settings, device, dtype, done))
         _free_memory()
-    return prune_table.as_text(measure.device_name(device), dtype, done)
+    return prune_table.as_text(device, dtype, done)
 
 
 def _plan(subject: Subject) -> Trace:

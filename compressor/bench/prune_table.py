@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from compressor import measure
 from compressor.bench.subjects import Subject
 from compressor.bench.timing import Times
@@ -164,30 +166,31 @@ def describe(pruner: Pruner) -> dict[str, Any]:
     return {Choice("pruner").name(pruner): pruner.model_dump(mode="json")}
 
 
-def as_text(device: str, dtype: str, measured: Sequence[Measured]) -> str:
+def as_text(device: torch.device, dtype: str, measured: Sequence[Measured]) -> str:
     """Markdown tables of every network."""
     versions = measure.versions()
-    lines = [f"{device}; torch {versions['torch']}, diffusers {versions['diffusers']}; random weights, {dtype}"]
+    where = measure.device_name(device)
+    lines = [f"{where}; torch {versions['torch']}, diffusers {versions['diffusers']}; random weights, {dtype}"]
     for found in measured:
         lines += ["", *_head(found), "", *_table(FORWARDS, [_forward(row) for row in found.forwards])]
         lines += ["", *_table(SOLVES, [cells for case in found.cases for cells in _case(case)])]
         lines += ["", *_explain(found), "", *_table(JOBS, [_job(job) for job in found.jobs])]
     if not any(row.peak for found in measured for row in found.forwards):
-        resident = measure.peak_memory()["cpu_resident"]
+        resident = measure.peak_memory(device)["cpu_resident"]
         lines += ["", f"peak memory of the whole process: {size(resident)} resident"]
     return "\n".join(lines) + "\n"
 
 
-def as_json(settings: Any, device: str, dtype: str, measured: Sequence[Measured]) -> str:
+def as_json(settings: Any, device: torch.device, dtype: str, measured: Sequence[Measured]) -> str:
     """Everything: settings, versions, every timed forward and solve, and what is extrapolated from them."""
     data = {
         "benchmark": "prune",
         "command": ["compressor", *sys.argv[1:]],
         "settings": asdict(settings),
-        "device": device,
+        "device": measure.device_name(device),
         "dtype": dtype,
         "versions": measure.versions(),
-        "peak_memory": measure.peak_memory(),
+        "peak_memory": measure.peak_memory(device),
         "models": [
             {
                 "model": found.subject.name,
