@@ -162,7 +162,7 @@ def _explain_end(error: BaseException, interrupted: bool, output: Path | None, b
     if interrupted or isinstance(error, KeyboardInterrupt):
         return 130, f"\ninterrupted: {_explain_kept(output, before) if output else 'nothing was begun'}"
     if isinstance(error, SystemExit):
-        return 1, "error: this process was told to end"
+        return 1, "error: this process was told to end, as torchrun does when another one of the job was killed"
     if isinstance(error, CompressorError):
         return 1, _in_words(error)
     if isinstance(error, OSError):

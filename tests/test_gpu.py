@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,25 @@ def test_a_whole_run_in_half_precision_keeps_its_promises(tmp_path: Path):
     weights = load_file(output / "transformer" / "diffusion_pytorch_model.safetensors")
     pruned = weights["transformer_blocks.0.attn.to_q.weight"]
     assert int((pruned == 0).sum()) == pruned.numel() // 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_run_on_the_second_gpu_takes_its_memory_and_gives_the_same(tmp_path: Path):
+    weights = []
+    for device in ("cuda:0", "cuda:1"):
+        data = {
+            "model": str(tiny.folder("sd3")),
+            "device": device,
+            "calibration": {"prompts": ["a", "b", "c d"], "steps": 3, "batch": 2, "packages": 2},
+            "prune": [{"obs_diff": {"sparsity": 0.5}}],
+            "report": {"images": 2, "steps": 2},
+            "output": str(tmp_path / device[-1]),
+        }
+        torch.cuda.reset_peak_memory_stats(0)
+        before = torch.cuda.max_memory_allocated(0)
+        output = run(recipe.Recipe.model_validate(data), Progress())
+        assert (torch.cuda.max_memory_allocated(0) > before) == (device == "cuda:0")
+        peak = json.loads((output / "report.json").read_text())["peak_memory"]["gpu_allocated"]
+        assert peak == torch.cuda.max_memory_allocated(device) > 0
+        weights.append(load_file(output / "transformer" / "diffusion_pytorch_model.safetensors"))
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])

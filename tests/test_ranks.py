@@ -27,6 +27,7 @@ from compressor.ranks import Ranks, joined, sources
 from compressor.recipe import Calibration as Options
 from compressor.recipe import Model
 from compressor.run import run
+from compressor.structure import find_groups
 from tests import tiny
 from tests.processes import Ended, together
 
@@ -250,6 +251,10 @@ def be_killed() -> None:
     layers.prune_package = lambda *_arguments: os.kill(os.getpid(), signal.SIGKILL)
 
 
+def be_told_to_end() -> None:
+    layers.prune_package = lambda *_arguments: os.kill(os.getpid(), signal.SIGTERM)
+
+
 def be_another_checkout() -> None:
     prepare.versions = lambda: {"torch": "1.0"}
 
@@ -260,6 +265,10 @@ def be_another_checkout() -> None:
         (fail_to_solve, "error: the second one fails\n"),
         (fail_to_program, "ZeroDivisionError: a defect\n"),
         (be_killed, "error: another process of this job ended without a word; was it killed?\n"),
+        (
+            be_told_to_end,
+            "error: this process was told to end, as torchrun does when another one of the job was killed\n",
+        ),
         (be_another_checkout, "error: the version of "),
     ],
     ids=lambda change: getattr(change, "__name__", ""),
@@ -353,7 +362,7 @@ def test_fewer_gpus_than_processes_are_told(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("kind", ["sd2", "flux"])
+@pytest.mark.parametrize("kind", list(tiny.KINDS))
 def test_each_layer_is_dealt_to_one_process_and_what_runs_side_by_side_stays_together(kind):
     loaded = tiny.load(kind)
     (package,) = cut(loaded.targets, tiny.traced(loaded), "second", 1, None)
@@ -364,4 +373,23 @@ def test_each_layer_is_dealt_to_one_process_and_what_runs_side_by_side_stays_tog
         assert [group.name for group in share.groups] == mine
     units = [{target.unit for group in share.groups for target in group.targets} for share in shares]
     assert all(units)
+    owners = {t.name: rank for rank, share in enumerate(shares) for group in share.groups for t in group.targets}
+    for heads in find_groups(loaded.module, loaded.family):
+        assert len({owners[consumer.name] for consumer in heads.consumers}) == 1
     assert not units[0] & units[1] | units[0] & units[2] | units[1] & units[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "options",
+    [{"sparsity": 0.5}, {"granularity": {"structured": HEADS}}, SPREAD],
+    ids=["zeros", "heads", "spread"],
+)
+def test_two_gpus_make_what_one_makes(options, tmp_path):
+    prune = [{"obs_diff": {**options, "damping": 1.0}}]
+    run(recipe.load(str(write(tmp_path / "one", prune, device="cuda:0"))), tiny.quiet())
+    file = write(tmp_path / "more", prune, device="cuda")
+    ended = start(2, "run", file, folder=tmp_path / "told")
+    assert [process.code for process in ended] == [0, 0], ended
+    hold_against_one(tmp_path / "one", tmp_path / "more", 2)
