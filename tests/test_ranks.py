@@ -16,6 +16,7 @@ import torch
 import yaml
 from compressor_obs_diff import layers
 from compressor_obs_diff.weightings import LogDecrease
+from compressor_onnx import ONNX
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -227,8 +228,8 @@ def test_an_error_is_told_once_and_ends_all(changes, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def changed_in_second(change: Callable[[], None], *arguments: str) -> None:
-    if os.environ["RANK"] == "1":
+def changed_in(rank: str, change: Callable[[], None], *arguments: str) -> None:
+    if os.environ["RANK"] == rank:
         change()
     cli.main(arguments)
 
@@ -275,12 +276,28 @@ def be_another_checkout() -> None:
 )
 def test_an_error_in_another_process_than_the_first_is_told_and_ends_all(change, words, tmp_path):
     file = write(tmp_path, BOTH, report={"images": 0})
-    ended = together(2, changed_in_second, change, "run", str(file), folder=tmp_path / "told")
+    ended = together(2, changed_in, "1", change, "run", str(file), folder=tmp_path / "told")
     assert [process.code for process in ended] == [1, -signal.SIGKILL if change is be_killed else 1]
     told = "".join(process.stderr for process in ended)
     assert told.count(words) == 1
     assert told.count("rror: ") == 1
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def fail_to_export() -> None:
+    def fail(*_arguments: object) -> None:
+        raise CompressorError("no export")
+
+    ONNX.export = fail
+
+
+def test_rank_0_fails_alone_once_the_others_have_left(tmp_path):
+    prune = [{"magnitude": {"sparsity": 0.5}}]
+    file = write(tmp_path, prune, report={"images": 0}, calibration=None, export=["onnx"])
+    first, second = together(2, changed_in, "0", fail_to_export, "run", str(file), folder=tmp_path / "told")
+    assert (first.code, second.code, second.stderr) == (1, 0, "")
+    assert first.stderr.endswith(f"errors:\nonnx: no export\nthe pruned pipeline is kept in {tmp_path / 'out'}\n")
+    assert (tmp_path / "out" / "compression.json").is_file()
 
 
 def test_ctrl_c_ends_all_and_leaves_nothing(tmp_path):
