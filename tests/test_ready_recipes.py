@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_plan import FLUX, SD3_MEDIUM, SD21, SDXL, write
+from test_plan import FLUX, SD3_MEDIUM, SD21, SD35_LARGE, SD35_MEDIUM, SDXL, write
 
 from compressor import recipe
 from compressor.cli import main
@@ -27,6 +27,14 @@ READY = [name for name in recipe.shipped() if not recipe.load(name).model.source
 def folders(tmp_path_factory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("models")
     return {name: write(place / name, pipeline, config) for name, (pipeline, config, _) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, Path]:
+    """SD3.5, for which the recipes of SD3 say what to change."""
+    place = tmp_path_factory.mktemp("others")
+    sizes = {"large": SD35_LARGE, "medium": SD35_MEDIUM}
+    return {name: write(place / name, "StableDiffusion3Pipeline", config) for name, config in sizes.items()}
 
 
 def family_of(name: str) -> str:
@@ -95,3 +103,39 @@ def test_a_ready_recipe_exports_pictures_of_the_size_that_the_model_draws(name):
     for profile in getattr(exporters.get("TensorRT"), "profiles", ()):
         side = MODELS[family_of(name)][2]
         assert {profile.height.opt, profile.width.opt} == {side}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "guidance"),
+    [
+        *((name, "large", 3.5) for name in READY if "sd3" in name),
+        ("sd3-structured-30", "medium", 4.5),
+        ("sd3-2-4-tensorrt", "medium", 4.5),
+    ],
+)
+def test_the_recipes_of_sd3_suit_sd35_with_the_changes_that_they_name(name, model, guidance, others):
+    text = recipe.shipped()[name].read_text(encoding="utf-8")
+    assert "# SD3.5: stabilityai/stable-diffusion-3.5-large or -medium, bfloat16 here" in text
+    assert " 3.5 or 4.5 in both places" in text.replace("\n  #", "")
+    changes = [f"model.source={others[model]}", "model.dtype=bfloat16"]
+    changes += [f"{where}.guidance={guidance}" for where in ("calibration", "report")]
+    tensorrt = [i for i, exporter in enumerate(recipe.load(name).export) if type(exporter).__name__ == "TensorRT"]
+    assert bool(tensorrt) == ("bfloat16 here and in tensorrt" in text)
+    found = plan(recipe.load(name, (*changes, *(f"export.{i}.tensorrt.dtype=bfloat16" for i in tensorrt))))
+    assert found.warnings == ()
+    (entry,) = found.entries
+    second = [layer for layer in entry.layers if ".attn2." in layer.name]
+    if "structured-" in name and not name.endswith("-50"):
+        share = int(name[-2:]) / 100
+        for kind, count in (("heads", 38 if model == "large" else 24), ("neurons", 9728 if model == "large" else 6144)):
+            groups = [group for group in entry.groups if group.kind == kind]
+            assert {group.before for group in groups} == {count}
+            left = sum(group.after for group in groups) / sum(group.before for group in groups)
+            assert left == pytest.approx(1 - share, abs=0.02)
+            assert all(group.after % (2 if kind == "heads" else 128) == 0 for group in groups)
+        assert bool(second) == (model == "medium")
+    else:
+        assert sum(layer.zeros for layer in entry.layers) == sum(layer.weights for layer in entry.layers) // 2
+        blocks = 38 if model == "large" else 24
+        attention = 0 if "2-4" in name else 8 * blocks - 1  # the last block gives no text
+        assert len(entry.layers) == attention + 4 * blocks - 2

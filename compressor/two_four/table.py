@@ -114,6 +114,8 @@ def read(file: str | Path) -> Table:
         raise CompressorError(
             f"{path}: no such table of what 2:4 gains; `compressor probe RECIPE --output {path}` measures it on a GPU"
         ) from None
+    except OSError as error:
+        raise CompressorError(f"{path}: should be a table of `compressor probe`, but: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -54,6 +54,9 @@ def test_what_is_no_table_is_named(tmp_path: Path):
     assert str(caught.value) == (
         f"{file}: no such table of what 2:4 gains; `compressor probe RECIPE --output {file}` measures it on a GPU"
     )
+    with pytest.raises(CompressorError) as caught:
+        table.read(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: should be a table of `compressor probe`, but: Is a directory"
     file.write_text("{}")
     with pytest.raises(CompressorError) as caught:
         table.read(file)
