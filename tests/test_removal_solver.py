@@ -135,8 +135,20 @@ def test_the_rules_differ_over_two_streams_and_agree_over_one():
 
 def test_ranks_that_tie_give_up_the_lower_index():
     costs_SG = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]], dtype=torch.float64)
-    assert removal._cheapest(costs_SG, torch.ones(2), "rank_fusion") == 0
-    assert removal._cheapest(costs_SG.flip(1), torch.ones(2), "rank_fusion") == 1
+    none_G = torch.zeros(3, dtype=torch.bool)
+    assert removal._cheapest(costs_SG, none_G, torch.ones(2), "rank_fusion") == 0
+    assert removal._cheapest(costs_SG.flip(1), none_G, torch.ones(2), "rank_fusion") == 1
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_what_is_gone_is_neither_chosen_nor_ranked(fusion):
+    generator = torch.Generator().manual_seed(0)
+    costs_SG = torch.rand(2, 9, generator=generator, dtype=torch.float64)
+    gone_G = torch.tensor([True, False, False] * 3)
+    left = (~gone_G).nonzero()[:, 0]
+    spoiled_SG = costs_SG.masked_fill(gone_G, torch.nan)
+    expected = left[removal._cheapest(costs_SG[:, left], torch.zeros(6, dtype=torch.bool), torch.ones(2), fusion)]
+    assert torch.equal(removal._cheapest(spoiled_SG, gone_G, torch.ones(2), fusion), expected)
 
 
 def test_a_stream_without_output_has_no_say():
@@ -159,7 +171,7 @@ def test_downdates_equal_inverting_what_is_left(width, monkeypatch):
     search = removal._Search(system, groups_GD)
     left = list(range(len(groups_GD)))
     for group in (3, 0, 7, 5):
-        search.remove(group)
+        search.remove(torch.tensor([group]))
         left.remove(group)
         columns_K = groups_GD[left].flatten()
         inverse_KK = torch.linalg.inv((damped(x_TI).T @ damped(x_TI))[columns_K][:, columns_K])
@@ -198,7 +210,7 @@ def test_an_inverse_that_cannot_be_is_made_anew(monkeypatch):
     search, sound = (removal._Search(system, heads(8, 1)) for _ in range(2))
     search.inverse_CC[5, 5] *= 1e-3  # below 1 / H_jj
     for each in (search, sound):
-        each.remove(2)
+        each.remove(torch.tensor([2]))
     left = [0, 1, 3, 4, 5, 6, 7]
     assert len(search.inverse_CC) == 7
     assert len(sound.inverse_CC) == 8

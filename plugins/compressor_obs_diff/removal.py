@@ -127,19 +127,24 @@ def remove_greedily(
     systems = [_System(stream, damping) for stream in streams]
     searches = [_Search(system, groups_GD.to(system.weight_OI.device)) for system in systems]
     energy_S = torch.tensor([system.energy for system in systems], dtype=torch.float64)
-    left = torch.arange(total)
-    removed: list[int] = []
+    # What was chosen stays on the device, so that a GPU is not waited for after every removal.
+    gone_G = torch.zeros(total, dtype=torch.bool, device=searches[0].groups_GD.device)
+    energy_S = energy_S.to(gone_G.device)
+    chosen: list[Tensor] = []
     costs: list[Tensor] = []
     for step in range(count):
-        costs_SG = torch.stack([search.costs().cpu() for search in searches])[:, left]
-        place = _cheapest(costs_SG, energy_S, fusion)
-        group = int(left[place])
-        costs.append(costs_SG[:, place])
-        removed.append(group)
-        left = torch.cat([left[:place], left[place + 1 :]])
+        costs_SG = torch.stack([search.costs() for search in searches])
+        group_1 = _cheapest(costs_SG, gone_G, energy_S, fusion)
+        costs.append(costs_SG.index_select(1, group_1)[:, 0])
+        chosen.append(group_1)
+        gone_G.index_fill_(0, group_1, True)
         if step < count - 1:
             for search in searches:
-                search.remove(group)
+                search.remove(group_1)
+    costs_RS = torch.stack(costs).cpu() if costs else torch.zeros(0, len(streams), dtype=torch.float64)
+    assert torch.isfinite(costs_RS).all(), f"{streams[0].name}: rounding has spoiled the inverse of its Hessian"
+    removed: list[int] = torch.cat(chosen).tolist() if chosen else []
+    left = torch.arange(total)[~gone_G.cpu()]
     mask_I = torch.ones(streams[0].weight_OI.shape[1], dtype=torch.bool)
     mask_I[groups_GD[removed].cpu().flatten()] = False
     columns_K = mask_I.nonzero()[:, 0]
@@ -147,7 +152,7 @@ def remove_greedily(
         kept=left.tolist(),
         removed=removed,
         columns=columns_K.tolist(),
-        costs_RS=torch.stack(costs) if costs else torch.zeros(0, len(streams), dtype=torch.float64),
+        costs_RS=costs_RS,
         refits=[system.refit(columns_K) for system in systems],
     )
 
@@ -235,29 +240,33 @@ class _Search:
             costs_G = torch.cholesky_solve(self.gram_GDD, lower_GDD).diagonal(dim1=1, dim2=2).sum(1)
         return costs_G.clamp(min=0)
 
-    def remove(self, group: int) -> None:
-        """Downdates Hinv and M for the loss of a group."""
-        gone_D = self.place_GD[group]
+    def remove(self, group_1: Tensor) -> None:
+        """Downdates Hinv and M for the loss of a group, given by a tensor of its index."""
+        gone_D = self.place_GD.index_select(0, group_1)[0]
+        width = len(gone_D)
         u_BC, v_BC = self.u_BC[: self.rows], self.v_BC[: self.rows]
-        inverse_DC = self.inverse_CC[gone_D] - u_BC[:, gone_D].T @ u_BC
-        gram_DC = self.gram_CC[gone_D] - u_BC[:, gone_D].T @ v_BC - v_BC[:, gone_D].T @ u_BC
-        lower_DD = torch.linalg.cholesky(inverse_DC[:, gone_D])
-        u_DC = torch.linalg.solve_triangular(lower_DD, inverse_DC, upper=False)
-        g_DC = torch.linalg.solve_triangular(lower_DD, gram_DC, upper=False)
-        inner_DD = torch.linalg.solve_triangular(lower_DD, g_DC[:, gone_D].T, upper=False)
-        v_DC = g_DC - inner_DD @ u_DC / 2
-        self.left_G[group] = False
-        self.left_I[self.groups_GD[group]] = False
-        self.left_C[gone_D] = 0
+        u_DB, v_DB = u_BC.index_select(1, gone_D).T, v_BC.index_select(1, gone_D).T
+        both = torch.cat([u_DB, v_DB]) @ u_BC
+        inverse_DC = self.inverse_CC.index_select(0, gone_D) - both[:width]
+        gram_DC = self.gram_CC.index_select(0, gone_D) - both[width:] - u_DB @ v_BC
+        u_DC, v_DC = _rows_of_one(gone_D, inverse_DC, gram_DC) if width == 1 else _rows(gone_D, inverse_DC, gram_DC)
+        self.left_G.index_fill_(0, group_1, False)
+        self.left_I.index_fill_(0, self.groups_GD.index_select(0, group_1)[0], False)
+        self.left_C.index_fill_(0, gone_D, 0)
         u_DC *= self.left_C
         v_DC *= self.left_C
-        u_GDB = u_DC[:, self.place_GD].permute(1, 2, 0)
-        v_GDB = v_DC[:, self.place_GD].permute(1, 2, 0)
-        self.inverse_GDD.baddbmm_(u_GDB, u_GDB.mT, alpha=-1)
-        self.gram_GDD.baddbmm_(u_GDB, v_GDB.mT, alpha=-1).baddbmm_(v_GDB, u_GDB.mT, alpha=-1)
-        self.inverse_GDD[group] = torch.eye(len(gone_D), dtype=u_DC.dtype, device=u_DC.device)
-        self.gram_GDD[group] = 0
-        width = len(gone_D)
+        if width == 1:
+            u_G, v_G = u_DC[0].index_select(0, self.place_GD[:, 0]), v_DC[0].index_select(0, self.place_GD[:, 0])
+            self.inverse_GDD[:, 0, 0].addcmul_(u_G, u_G, value=-1)
+            self.gram_GDD[:, 0, 0].addcmul_(u_G, v_G, value=-2)
+            self.inverse_GDD.index_fill_(0, group_1, 1)
+        else:
+            u_GDB = u_DC[:, self.place_GD].permute(1, 2, 0)
+            v_GDB = v_DC[:, self.place_GD].permute(1, 2, 0)
+            self.inverse_GDD.baddbmm_(u_GDB, u_GDB.mT, alpha=-1)
+            self.gram_GDD.baddbmm_(u_GDB, v_GDB.mT, alpha=-1).baddbmm_(v_GDB, u_GDB.mT, alpha=-1)
+            self.inverse_GDD[group_1] = torch.eye(width, dtype=u_DC.dtype, device=u_DC.device)
+        self.gram_GDD.index_fill_(0, group_1, 0)
         self.u_BC[self.rows : self.rows + width] = u_DC
         self.v_BC[self.rows : self.rows + width] = v_DC
         self.rows += width
@@ -306,7 +315,25 @@ class _Search:
         self.since = 0
 
 
-def _cheapest(costs_SG: Tensor, energy_S: Tensor, fusion: Fusion) -> int:
+def _rows(gone_D: Tensor, inverse_DC: Tensor, gram_DC: Tensor) -> tuple[Tensor, Tensor]:
+    """U and V."""
+    lower_DD = torch.linalg.cholesky(inverse_DC[:, gone_D])
+    u_DC = torch.linalg.solve_triangular(lower_DD, inverse_DC, upper=False)
+    g_DC = torch.linalg.solve_triangular(lower_DD, gram_DC, upper=False)
+    inner_DD = torch.linalg.solve_triangular(lower_DD, g_DC[:, gone_D].T, upper=False)
+    return u_DC, g_DC - inner_DD @ u_DC / 2
+
+
+def _rows_of_one(gone_1: Tensor, inverse_1C: Tensor, gram_1C: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a single input, whose L is a number: without a factorisation, whose success a GPU is waited for."""
+    root = inverse_1C.index_select(1, gone_1).sqrt()
+    u_1C, g_1C = inverse_1C / root, gram_1C / root
+    return u_1C, g_1C - u_1C * (g_1C.index_select(1, gone_1) / root / 2)
+
+
+def _cheapest(costs_SG: Tensor, gone_G: Tensor, energy_S: Tensor, fusion: Fusion) -> Tensor:
+    """The index of the group to remove next, as a tensor of one element."""
+    costs_SG = costs_SG.masked_fill(gone_G, torch.inf)  # and so behind all others in every ranking
     if len(costs_SG) == 1:
         score_G = costs_SG[0]
     elif fusion == "energy":
@@ -314,4 +341,4 @@ def _cheapest(costs_SG: Tensor, energy_S: Tensor, fusion: Fusion) -> int:
     else:
         rank_SG = costs_SG.argsort(dim=1, stable=True).argsort(dim=1)
         score_G = -(1 / (RANK_OFFSET + rank_SG.double())).sum(0)
-    return int((score_G == score_G.min()).nonzero()[0])
+    return score_G.masked_fill(gone_G, torch.inf).argmin(0, keepdim=True)  # the first of equals
