@@ -19,7 +19,7 @@ from compressor.output import claim
 from compressor.pipeline import Pipeline
 from compressor.plugin import Metric, Pruner, Samples
 from compressor.progress import Progress
-from compressor.ranks import ALONE, Ranks, fingerprint, sources
+from compressor.ranks import ALONE, Ranks, digest, fingerprint, sources
 from compressor.recipe import Recipe
 from compressor.registry import KINDS, Choice, find, load
 from compressor.structure import (
@@ -168,7 +168,7 @@ def prepare(
         _check_installed(recipe)
         folder = pipelines.open_folder(recipe.model)
         check_exporters(recipe, folder)
-        ranks.agree(_what_decides(recipe) if ranks.count > 1 else {})
+        ranks.agree(_what_decides(recipe, calibrating, drawing) if ranks.count > 1 else {})
         if ranks.first:
             claim(output, folder.path, overwrite)
         twin = folder.twin()
@@ -192,8 +192,9 @@ def prepare(
             checkpoint.check_space(pipeline, output, space)
         if ranks.count > 1:
             weights = sum(fingerprint(tensor) for tensor in pipeline.module.state_dict().values())
-            ranks.agree({"the kind of device": pipeline.device.type, f"the weights of {recipe.model.source}": weights})
+            ranks.agree({f"the weights of {recipe.model.source}": weights})
         entries = enter(recipe, pipeline.component_name, pipeline.module, folder.family, seen)
+        ranks.agree({f"the layers of {entry.where}": _digest(entry) for entry in entries})
     with watch.phase("encode"):
         length = recipe.calibration.max_sequence_length if recipe.calibration else None
         mine = ranks.mine(range(len(drawing)))
@@ -217,14 +218,21 @@ def prepare(
     )
 
 
-def _what_decides(recipe: Recipe) -> dict[str, object]:
+def _what_decides(recipe: Recipe, *prompts: tuple[str, ...]) -> dict[str, object]:
     """What has to be the same in all processes for their results to fit together, in words."""
     plugins = {entry.module.split(".")[0] for kind in KINDS for entry in find(kind).values()}
     return {
         **{f"{key} of the recipe": value for key, value in recipe.dump().items()},
+        "the prompts": digest(prompts),
         **{f"the version of {name}": version for name, version in versions().items()},
         **sources(["compressor", *sorted(plugins - {"compressor"})]),
     }
+
+
+def _digest(entry: Entry) -> str:
+    """The layers of an entry in short, and how many heads or neurons leave."""
+    names = [target.name for target in entry.layers]
+    return f"{len(names)} ({digest((names, {group.name: count for group, count in entry.removals.items()}))})"
 
 
 def _merge(shares: list[Tensor]) -> Tensor:

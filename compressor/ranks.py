@@ -49,11 +49,12 @@ class Ranks:
         """The device of this process, for that of the recipe; each process on a GPU has one of its own.
 
         Raises:
-            CompressorError: if the recipe names a certain GPU, or there are fewer than processes.
+            CompressorError: if the recipe names a certain GPU, there are fewer than processes, or others have none.
         """
         if self.count == 1:
             return asked
         if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+            self.agree({"the kind of device": "cpu"})
             return "cpu"
         if asked not in ("auto", "cuda"):
             raise CompressorError(f"device: should be auto, cuda or cpu for {self.count} processes, found '{asked}'")
@@ -63,8 +64,8 @@ class Ranks:
                 f"device: there should be a GPU for each process, found {gpus}; start as many processes as GPUs"
             )
         torch.cuda.set_device(local)
+        self.agree({"the kind of device": "cuda"})
         if self._fast is None:
-            self.meet()  # whoever has no GPU has said so by now
             self._fast = dist.new_group(backend="nccl")
         return f"cuda:{local}"
 
@@ -175,6 +176,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def digest(thing: object) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
 
 
 def fingerprint(tensor: Tensor) -> int:

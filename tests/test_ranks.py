@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from compressor_obs_diff import layers
+from compressor_obs_diff.granularities import Unstructured
 from compressor_obs_diff.weightings import LogDecrease
 from compressor_onnx import ONNX
 from safetensors.torch import load_file
@@ -28,7 +29,7 @@ from compressor.ranks import Ranks, joined, sources
 from compressor.recipe import Calibration as Options
 from compressor.recipe import Model
 from compressor.run import run
-from compressor.structure import find_groups
+from compressor.structure import Target, find_groups
 from tests import tiny
 from tests.processes import Ended, together
 
@@ -256,6 +257,13 @@ def be_told_to_end() -> None:
     layers.prune_package = lambda *_arguments: os.kill(os.getpid(), signal.SIGTERM)
 
 
+def leave_a_layer_out() -> None:
+    def slow(_self: Unstructured, target: Target, _tokens: int) -> str | None:
+        return "slow" if target.name.endswith("0.attn.to_q") else None
+
+    Unstructured.leaves_out = slow
+
+
 def be_another_checkout() -> None:
     prepare.versions = lambda: {"torch": "1.0"}
 
@@ -271,6 +279,7 @@ def be_another_checkout() -> None:
             "error: this process was told to end, as torchrun does when another one of the job was killed\n",
         ),
         (be_another_checkout, "error: the version of "),
+        (leave_a_layer_out, "error: the layers of prune[0] should be the same for all processes, found 15 ("),
     ],
     ids=lambda change: getattr(change, "__name__", ""),
 )
@@ -354,6 +363,15 @@ def test_processes_that_differ_are_told_in_what(monkeypatch):
         CompressorError, match=r"seed of the recipe should be .* found 7 for process 0 on a and none for"
     ):
         ranks.agree({"the version of torch": "2", "seed of the recipe": 7})
+
+
+def test_a_process_without_a_gpu_beside_one_with_a_gpu_is_told(monkeypatch):
+    ranks = Ranks(0, 2)
+    monkeypatch.setattr(ranks, "gather", lambda mine: [mine, ("b", {"the kind of device": "cuda"})])
+    with pytest.raises(
+        CompressorError, match=r"the kind of device should be .* found cpu for process 0 .* and cuda for"
+    ):
+        ranks.device("cpu")
 
 
 def test_source_files_are_told_apart_by_what_is_in_them(tmp_path, monkeypatch):
