@@ -261,7 +261,7 @@ def leave_a_layer_out() -> None:
     def slow(_self: Unstructured, target: Target, _tokens: int) -> str | None:
         return "slow" if target.name.endswith("0.attn.to_q") else None
 
-    Unstructured.leaves_out = slow
+    pytest.MonkeyPatch().setattr(Unstructured, "leaves_out", slow)
 
 
 def be_another_checkout() -> None:
@@ -297,7 +297,7 @@ def fail_to_export() -> None:
     def fail(*_arguments: object) -> None:
         raise CompressorError("no export")
 
-    ONNX.export = fail
+    pytest.MonkeyPatch().setattr(ONNX, "export", fail)
 
 
 def test_rank_0_fails_alone_once_the_others_have_left(tmp_path):
