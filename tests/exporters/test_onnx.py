@@ -28,7 +28,7 @@ from compressor.onnx_files import check, graph, mend, pieces, writing
 from compressor.onnx_files.pieces import Shape
 from compressor.onnx_files.writing import TOLERANCES
 from compressor.sparsity import holds
-from compressor.structure import sd3
+from compressor.structure import find_targets, sd3
 from tests.exporters import networks
 
 INPUTS = {  # as optimum-onnx's ORTUnet and ORTTransformer feed them
@@ -59,7 +59,8 @@ def run(pipeline, folder: Path, **options):
     checks = json.loads(json.dumps(export.checks))[pipeline.component_name]
     assert len(checks["numeric"]) == 2
     assert all(0 < entry["relative_l2"] <= TOLERANCES[checks["dtype"]] for entry in checks["numeric"])
-    assert checks["mapped"] == checks["targets"] == len(pipeline.targets)
+    linears = find_targets(pipeline.module, pipeline.family, adaln=True)
+    assert checks["mapped"] == checks["targets"] == len(linears)
     return SimpleNamespace(model=ir.load(file), checks=checks, file=file, pipeline=pipeline)
 
 
@@ -491,10 +492,18 @@ def test_the_other_shape_differs_in_every_size_and_stays_within_the_positions():
             assert 2 <= other.width <= 16
 
 
+class Configured(torch.nn.Module):
+    """A config, and the only linear that a network of SD3's family cannot lack."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.norm_out = torch.nn.ModuleDict({"linear": torch.nn.Linear(1, 1)})
+
+
 def test_the_default_shape_is_small_whatever_the_models_size():
     def of(**config: Any) -> pieces.Piece:
-        module: Any = SimpleNamespace(config=config)
-        loaded: Any = SimpleNamespace(component_name="", module=module, family=sd3.FAMILY, targets=())
+        loaded: Any = SimpleNamespace(component_name="", module=Configured(config), family=sd3.FAMILY)
         return pieces.network(loaded)
 
     large = of(sample_size=128, patch_size=2, pos_embed_max_size=192)
