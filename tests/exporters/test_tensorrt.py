@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -125,6 +126,22 @@ def test_bfloat16_is_built_and_not_compared_by_onnxruntime(tmp_path: Path) -> No
     assert all(facts["holds"] for facts in out.checks["sparse"].values())
     assert len(out.checks["sparse"]) == len(pipeline.targets)
     assert "Datatype: BFloat16" in out.log
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("make", "dtype", "used", "absent"),
+    [("flux_dev", "bfloat16", "BFloat16", "Half"), ("sd2", "float32", "Float", "Half")],
+)
+def test_a_dense_network_is_built_in_the_types_of_its_file(make, dtype, used, absent, tmp_path: Path) -> None:
+    pipeline = networks.pipeline_of(getattr(networks, make)())
+    out = export(pipeline, tmp_path, dtype=dtype)
+    assert out.checks["dtype"] == dtype
+    assert out.checks["mapped"] == out.checks["targets"] >= len(pipeline.targets)
+    assert out.checks["sparse"] == {}
+    assert out.checks["layers"] > 10
+    assert re.search(rf"Datatype: {used}\b", out.log)
+    assert not re.search(rf"Datatype: {absent}\b", out.log)
 
 
 @rtx
