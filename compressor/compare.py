@@ -15,7 +15,7 @@ from compressor import measure, report
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
 from compressor.options import Options
-from compressor.prepare import Prepared, enter, prepare, shrink_twin, trace_at
+from compressor.prepare import Prepared, prepare
 from compressor.progress import Progress
 from compressor.pruning import prune
 from compressor.recipe import Recipe
@@ -137,7 +137,7 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
                 sparsity=report.sparsity(pruned.layers)[1],
                 network=1 - sum(int(p.count_nonzero()) for p in job.pipeline.module.parameters()) / whole,
                 parameters=sum(p.numel() for p in job.pipeline.module.parameters()),
-                operations=_operations(job, number - 1),
+                operations=job.trace_left(pruned.groups).macs,
                 seconds=seconds,
                 figures=figures,
                 ratio=_ratio(measured, above),
@@ -147,16 +147,6 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
         above.append(measured)
         _write(job, rows, folder)
     return tuple(rows)
-
-
-def _operations(job: Prepared, index: int) -> int:
-    """Of the network that one entry alone leaves, found on a twin of its own."""
-    if not job.entries[index].removals:
-        return job.trace.macs
-    folder = job.pipeline.folder
-    twin = folder.twin()
-    shrink_twin(enter(job.recipe, folder.network, twin, folder.family, job.trace)[index : index + 1])
-    return trace_at(twin, job.recipe, folder).macs
 
 
 def _granularity(pruner: Options) -> type | None:

@@ -54,13 +54,24 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
+class PlannedGroup(GroupSize):
+    """The heads of an attention or the neurons of a feed-forward: how many will be left, from `least` to `most`.
+
+    Where the pruner decides late which blocks lose how many, `after` is the group's part of the sum.
+    """
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
 class PlannedPruning:
     """One entry of the recipe's `prune`.
 
     Attributes:
         pruner: the plugin's name.
         layers: those that may change, in order of execution.
-        groups: those that will lose heads or neurons; none unless the pruner is structured.
+        groups: those that will or may lose heads or neurons; none unless the pruner is structured.
         shares: of heads and of neurons, as asked for.
         whole: blocks that keep all their heads and neurons, though others lose some.
         packages: in order; none if nothing is calibrated.
@@ -70,7 +81,7 @@ class PlannedPruning:
 
     pruner: str
     layers: tuple[PlannedLayer, ...]
-    groups: tuple[GroupSize, ...]
+    groups: tuple[PlannedGroup, ...]
     shares: dict[str, float]
     whole: tuple[str, ...]
     packages: tuple[Package, ...]
@@ -240,7 +251,16 @@ def _plan_entry(
             note = explain_rank(targets, seen, texts, given.steps, guided, given.tokens)
             notes += [note] if note else []
     groups = tuple(
-        GroupSize(group.name, group.block, group.kind, group.width, group.count, group.count - removed)
+        PlannedGroup(
+            group.name,
+            group.block,
+            group.kind,
+            group.width,
+            group.count,
+            group.count - removed,
+            group.count - entry.choices[group][-1],
+            group.count - entry.choices[group][0],
+        )
         for group, removed in entry.removals.items()
     )
     whole: dict[str, None] = {}

@@ -7,8 +7,7 @@ import math
 from collections import defaultdict
 from dataclasses import asdict, fields
 
-from compressor.plan import Plan, PlannedLayer, PlannedPruning
-from compressor.report import GroupSize
+from compressor.plan import Plan, PlannedGroup, PlannedLayer, PlannedPruning
 from compressor.units import count, percent, several, size
 
 
@@ -91,6 +90,11 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
             f"  spread by calibration: from {percent(least)} to {percent(most)} of a layer; below as if all had the "
             "same"
         )
+    if any(group.least < group.most for group in entry.groups):
+        lines.append(
+            f"  spread by calibration over all blocks, for as many weights: {_spread(entry.groups)}; here as if every "
+            "block had the same share"
+        )
     if entry.whole:
         lines.append(f"  kept whole: {', '.join(entry.whole)}")
     if entry.packages:
@@ -114,7 +118,18 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
     return lines
 
 
-def _share(kind: str, asked: float, groups: tuple[GroupSize, ...]) -> str:
+def _spread(groups: tuple[PlannedGroup, ...]) -> str:
+    """The fewest and the most heads and neurons that stay in a block."""
+    kinds: dict[tuple[str, int, int, int], int] = defaultdict(int)
+    for group in groups:
+        kinds[group.kind, group.least, group.most, group.before] += 1
+    return ", ".join(
+        f"from {least} to {most} of {before} {kind} stay ({several(times, 'time')})"
+        for (kind, least, most, before), times in kinds.items()
+    )
+
+
+def _share(kind: str, asked: float, groups: tuple[PlannedGroup, ...]) -> str:
     """What was asked for and what whole heads and aligned widths come to."""
     own = [group for group in groups if group.kind == kind]
     before, after = sum(group.before for group in own), sum(group.after for group in own)

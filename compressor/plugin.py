@@ -55,7 +55,7 @@ class Removed:
 
     Attributes:
         group: one of those that the pruner's `removals` promised.
-        units: their indices, as many as promised.
+        units: their indices, as many as promised, or as one of the `choices` says.
     """
 
     group: Group
@@ -129,6 +129,18 @@ class Pruner(Options, ABC):
         """
         return {}
 
+    def choices(self, group: Group, count: int) -> tuple[int, ...]:
+        """From which numbers of a group's heads or neurons calibration will choose, ascending; by default there is one.
+
+        Where there are more, as many weights are to leave all groups together as `removals` says, but for less than
+        one step between two numbers of any group.
+
+        Args:
+            group: one of `removals`.
+            count: how many that says; one of the choices.
+        """
+        return (count,)
+
     def shares(self) -> Mapping[str, float]:
         """The shares of `heads` and of `neurons` that were asked for; what `removals` reaches differs by rounding."""
         return {}
@@ -144,8 +156,8 @@ class Pruner(Options, ABC):
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult | Removed]:
         """Prunes every layer of `component.targets` in place, yielding after each one.
 
-        A pruner that removes heads and neurons yields one `Removed` for each group of which it promised some, and
-        a `LayerResult` for each of these groups' consumers.
+        A pruner that removes heads and neurons yields one `Removed` for each group of which it promised some or might
+        choose some, and a `LayerResult` for each of these groups' consumers.
 
         Args:
             component: the module, its family and the layers to prune. Its weights are changed.
@@ -208,7 +220,7 @@ class Elementwise(Granularity):
 class Structured(Granularity):
     """Takes whole heads or neurons out of the network, so that its matrices become smaller.
 
-    A structured granularity says of which groups how many leave; which ones is the pruner's to choose.
+    A structured granularity says of which groups how many leave, or may leave; which ones is the pruner's to choose.
     """
 
     @abstractmethod
@@ -220,6 +232,19 @@ class Structured(Granularity):
 
         Raises:
             CompressorError: if nothing could be removed, or nothing of a group would be left.
+        """
+
+    @abstractmethod
+    def choices(self, group: Group, count: int, spread: float) -> tuple[int, ...]:
+        """Which numbers of heads or neurons may leave a group whose share may differ from the one asked for.
+
+        Args:
+            group: one of `removals`.
+            count: how many that says; one of the choices.
+            spread: how far the share may be from the one asked for, above 0.
+
+        Returns:
+            Ascending.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from compressor.progress import Progress
 from compressor.ranks import ALONE, Ranks, digest, fingerprint, sources
 from compressor.recipe import Recipe
 from compressor.registry import KINDS, Choice, find, load
+from compressor.report import GroupSize
 from compressor.structure import (
     Component,
     Family,
@@ -30,6 +31,7 @@ from compressor.structure import (
     Trace,
     consumers,
     cross_check,
+    find_groups,
     find_targets,
     keep,
     select,
@@ -54,6 +56,7 @@ class Entry:
         component: the network and the chosen layers.
         removals: how many heads or neurons will leave, by group, 0 for those of which none by rounding; empty unless
             the pruner is structured.
+        choices: from which numbers calibration will choose instead, by the same groups.
         left_out: layers that the recipe chose and the pruner leaves as they are, and why.
     """
 
@@ -62,6 +65,7 @@ class Entry:
     pruner: Pruner
     component: Component
     removals: Mapping[Group, int] = field(default_factory=dict)
+    choices: Mapping[Group, tuple[int, ...]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -80,8 +84,8 @@ class Entry:
 
     @property
     def shrinking(self) -> tuple[Group, ...]:
-        """The groups that lose heads or neurons."""
-        return tuple(group for group, count in self.removals.items() if count)
+        """The groups that lose heads or neurons, or may."""
+        return tuple(group for group, numbers in self.choices.items() if numbers[-1])
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,6 @@ class Prepared:
         recipe: as it was read.
         pipeline: on its device.
         trace: one forward of the network's meta-device twin.
-        trace_after: the same, when all heads and neurons that are to leave have left (not for alternatives).
         entries: one for each pruner.
         overrides: where the dependency graph differs from the family's table of groups, which counts, and why.
         warnings: what the user was told already.
@@ -106,7 +109,6 @@ class Prepared:
     recipe: Recipe
     pipeline: Pipeline
     trace: Trace
-    trace_after: Trace
     entries: tuple[Entry, ...]
     overrides: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -130,6 +132,17 @@ class Prepared:
             drawn = pictures.draw(self.pipeline, self.encoded, settings, recipe.report.batch, progress, title)
         every = [pair for pair in self.ranks.gather(drawn) if pair is not None]
         return _merge([images for images, _ in every]), _merge([latents for _, latents in every])
+
+    def trace_left(self, rows: Iterable[GroupSize]) -> Trace:
+        """One forward of the network's meta-device twin with as many heads and neurons as are left of some groups."""
+        left = {row.name: row.after for row in rows if row.after < row.before}
+        if not left:
+            return self.trace
+        folder = self.pipeline.folder
+        twin = folder.twin()
+        for group in find_groups(twin, folder.family):
+            keep(group, range(left.get(group.name, group.count)))
+        return trace_at(twin, self.recipe, folder)
 
     def pairs(self, dense: Drawn | None, pruned: Drawn | None) -> Samples | None:
         """What was drawn before and after, side by side."""
@@ -175,10 +188,10 @@ def prepare(
         seen = trace_at(twin, recipe, folder)
         planned = enter(recipe, folder.network, twin, folder.family, seen)
         overrides = check_table(planned, recipe, folder)
-        seen_after = seen
         if not alternatives:
             check_apart(planned)
-            seen_after = trace_at(twin, recipe, folder) if shrink_twin(planned) else seen
+            if shrink_twin(planned):
+                trace_at(twin, recipe, folder)  # or this is where it would fail
         progress.say(f"loading {recipe.model.source}")
         device = ranks.device(recipe.device)
         pipeline = pipelines.load(recipe.model, device, folder, turns=recipe.offload == "model")
@@ -206,7 +219,6 @@ def prepare(
         recipe=recipe,
         pipeline=pipeline,
         trace=seen,
-        trace_after=seen_after,
         entries=entries,
         overrides=overrides,
         warnings=warnings,
@@ -401,7 +413,8 @@ def enter(recipe: Recipe, name: str, module: nn.Module, family: Family, seen: Tr
             component = replace(component, targets=tuple(t for t in targets if t.name not in whole))
             left_out |= whole
         plugin = Choice("pruner").name(entry.pruner)
-        entries.append(Entry(f"prune[{i}]", plugin, entry.pruner, component, removals, left_out))
+        choices = {group: entry.pruner.choices(group, count) for group, count in removals.items()}
+        entries.append(Entry(f"prune[{i}]", plugin, entry.pruner, component, removals, choices, left_out))
     return tuple(entries)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -93,7 +94,7 @@ def prune(
                 before=counts[group.name],
                 after=group.count,
                 removed=units.get(group, ()),
-                asked=shares.get(group.kind),
+                asked=shares.get(group.kind) if len(entry.choices[group]) == 1 else None,
             )
             for group in entry.removals
         ),
@@ -153,13 +154,19 @@ def _check_results(entry: Entry, results: Mapping[str, LayerResult], removed: Ma
         raise CompressorError(
             f"{start} should have spread {promised} zeros over its layers, found {given}; nothing was kept"
         )
-    for group, count in entry.removals.items():
+    missing = step = 0  # weights
+    for group, numbers in entry.choices.items():
         units = removed[group.name].units if group.name in removed else ()
-        if not len(units) == len(set(units)) == count:
+        if len(units) != len(set(units)) or len(units) not in numbers:
+            wanted = str(numbers[0])
+            if len(numbers) > 1:
+                wanted = f"one of {len(numbers)} numbers from {numbers[0]} to {numbers[-1]}"
             raise CompressorError(
-                f"{start} should have given up {count} of {group.name}, found {len(set(units))} in {len(units)} "
+                f"{start} should have given up {wanted} of {group.name}, found {len(set(units))} in {len(units)} "
                 "indices; nothing was kept"
             )
+        missing += (entry.removals[group] - len(units)) * group.unit_weights
+        step = max(step, *((b - a) * group.unit_weights for a, b in pairwise(numbers)), 0)
         for consumer in group.consumers:
             weight_OI = consumer.module.weight
             if weight_OI[:, group.columns(consumer, units).to(weight_OI.device)].any():
@@ -167,6 +174,12 @@ def _check_results(entry: Entry, results: Mapping[str, LayerResult], removed: Ma
                     f"{start} should have zeroed the columns of {consumer.name} that belong to what it gave up of "
                     f"{group.name}; nothing was kept"
                 )
+    if abs(missing) >= max(step, 1):
+        promised = sum(count * group.unit_weights for group, count in entry.removals.items())
+        raise CompressorError(
+            f"{start} should have given up {promised} weights with heads and neurons, to within {step}, found "
+            f"{promised - missing}; nothing was kept"
+        )
 
 
 def _shrink(

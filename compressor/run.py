@@ -65,7 +65,8 @@ def run(recipe: Recipe, progress: Progress, *, overwrite: bool = False, ranks: R
         checkpoint.save(pipeline, output, _record(recipe, pipeline.component_name, rows))
     with watch.phase("measure"):
         figures, notes = report.measure(job.metrics, pairs) if pairs else ({}, ())
-        after = measure.size(pipeline.module, job.trace_after, output / pipeline.component_name)
+        seen = job.trace_left(row for pruned in done for row in pruned.groups)
+        after = measure.size(pipeline.module, seen, output / pipeline.component_name)
         parts = _parts(parts_before, measure.parts(pipeline.module, pipeline.family)) if done else ()
     facts = _facts(job, done, report.Sizes(before, after), parts, watch, figures, notes)
     if processes > 1:

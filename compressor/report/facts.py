@@ -130,7 +130,8 @@ class GroupRow(GroupSize):
 
     Attributes:
         removed: indices of those that left, ascending, as they were counted before.
-        asked: the share of its kind that the recipe's entry asked for; None if the pruner has no such option.
+        asked: the share of its kind that the recipe's entry asked for; None if the pruner has no such option, or spread
+            the shares over the blocks itself.
 
     """
 

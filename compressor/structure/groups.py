@@ -57,6 +57,12 @@ class Group:
         """How many heads or neurons there are."""
         return self.producers[0].outputs // (2 * self.width if self.gated else self.width)
 
+    @property
+    def unit_weights(self) -> int:
+        """How many weights leave with one head or neuron, without biases."""
+        rows = sum(len(self.rows(producer, [0])) * producer.inputs for producer in self.producers)
+        return rows + sum(self.width * consumer.outputs for consumer in self.consumers)
+
     def rows(self, producer: Target, units: Tensor | Iterable[int]) -> Tensor:
         """Rows of a producer that belong to some units, `width` for each in the order given; behind them the gates'."""
         assert any(producer is known for known in self.producers), f"{producer.name} is no producer of {self.name}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from compressor.errors import CompressorError
 from compressor.plugin import (
     Elementwise,
     Granularity,
@@ -34,8 +35,8 @@ class OBSDiff(Pruner):
         default=0.0,
         ge=0,
         lt=1,
-        description="how far a layer's share may be from sparsity, by what its error does to the network's output; "
-        "of single weights, for objective network",
+        description="how far the share of zeros of a layer, or of heads or neurons of a block, may be from the one "
+        "asked for, by what that does to the network's output; for objective network",
     )
     granularity: Annotated[Granularity, Choice("granularity")] = Field(
         default="unstructured", validate_default=True, description="which weights stand or fall together"
@@ -46,7 +47,7 @@ class OBSDiff(Pruner):
     objective: Literal["layer", "network"] = Field(
         default="layer",
         description="whose outputs are to stay as they are: the layer's, or, by gradients, the network's; "
-        "for solver admm",
+        "for solver admm, and for heads and neurons",
     )
     solver: Literal["obs", "admm"] = Field(
         default="obs", description="how single weights and N:M are chosen: by the paper's sweep, or by ADMM"
@@ -70,12 +71,12 @@ class OBSDiff(Pruner):
         check_sparsity(self.granularity, self.sparsity)
         structured = isinstance(self.granularity, Structured)
         default = {name: field.default for name, field in type(self).model_fields.items()}
-        for name in ("objective", "solver", "refit", "block"):
+        for name in ("solver", "refit", "block"):
             if structured and getattr(self, name) != default[name]:
                 raise ValueError(
                     f"{name} has no effect: heads and neurons are chosen one by one and fitted anew; leave it out"
                 )
-        if self.spread and self.sparsity is None:
+        if self.spread and self.sparsity is None and not structured:
             raise ValueError("spread has no effect: this granularity decides what every layer loses; leave it out")
         if self.spread and self.objective != "network":
             raise ValueError(
@@ -89,6 +90,8 @@ class OBSDiff(Pruner):
             )
         if not structured and self.fusion != default["fusion"]:
             raise ValueError("fusion has no effect: only heads are shared by two streams; leave it out")
+        if self.objective == "network" and self.fusion != default["fusion"]:
+            raise ValueError("fusion has no effect: errors of the network's output add up by themselves; leave it out")
         if self.objective == "network" and self.solver == "obs" and not structured:
             raise ValueError(
                 "objective network needs solver admm: the sweep of obs takes every output for itself; choose solver "
@@ -139,7 +142,21 @@ class OBSDiff(Pruner):
 
     def removals(self, component: Component) -> Mapping[Group, int]:
         """As many as the granularity says."""
-        return self.granularity.removals(component) if isinstance(self.granularity, Structured) else {}
+        if not isinstance(self.granularity, Structured):
+            return {}
+        removals = self.granularity.removals(component)
+        if self.spread and all(len(self.choices(group, count)) == 1 for group, count in removals.items()):
+            raise CompressorError(
+                f"spread {self.spread:g} leaves no choice: no block has another aligned width with a share that near "
+                "to the one asked for; give more, or leave spread out"
+            )
+        return removals
+
+    def choices(self, group: Group, count: int) -> tuple[int, ...]:
+        """Every aligned width within `spread` of the share asked for; without a spread, as many as `removals` says."""
+        if self.spread and isinstance(self.granularity, Structured):
+            return self.granularity.choices(group, count, self.spread)
+        return (count,)
 
     def shares(self) -> Mapping[str, float]:
         """As given to the granularity."""
@@ -148,27 +165,37 @@ class OBSDiff(Pruner):
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult | Removed]:
         """Package by package: gathers moments on the network as pruned so far, then solves the package's layers."""
         from compressor.structure import consumers
+        from compressor_obs_diff import budget, spread
         from compressor_obs_diff.groups import prune_groups
         from compressor_obs_diff.layers import prune_package
-        from compressor_obs_diff.spread import Part, allocate, parts
 
         assert calibration is not None
-        removals = {group: count for group, count in self.removals(component).items() if count}
-        layers = consumers(removals) or component.targets
-        packages = calibration.packages(layers, self.moments, deal_out=True)
+        planned = self.removals(component)
+        choices = {group: self.choices(group, count) for group, count in planned.items()}
+        choices = {group: numbers for group, numbers in choices.items() if numbers[-1]}
+        packages = calibration.packages(consumers(choices) or component.targets, self.moments, deal_out=True)
+        removals = {group: planned[group] for group in choices}
         zeros: dict[str, int] | None = None
         moments: dict[str, Moments] = {}
         if self.spread:
-            found: list[Part] = []
+            curves: list[budget.Curve] = []
+            parts: list[spread.Part] = []
             for package in reversed(packages):  # so that the first one need not be calibrated again
                 moments.clear()
                 moments = calibration.collect(package, self.moments, self.weighting)
-                found += parts(self, package, moments)
-            zeros = allocate([part for share in calibration.gather(found) for part in share])
+                if choices:
+                    curves += budget.curves(self, planned, choices, package, moments)
+                else:
+                    parts += spread.parts(self, package, moments)
+            if choices:
+                numbers = budget.allocate([curve for share in calibration.gather(curves) for curve in share])
+                removals = {group: numbers[group.name] for group in choices}
+            else:
+                zeros = spread.allocate([part for share in calibration.gather(parts) for part in share])
         for package in packages:
             if not (self.spread and package is packages[0]):
                 moments = calibration.collect(package, self.moments, self.weighting)
-            if removals:
+            if choices:
                 yield from prune_groups(self, removals, package, moments)
             else:
                 yield from prune_package(self, package, moments, zeros)

@@ -1,6 +1,6 @@
 """Solves the heads and neurons of one package: which of them leave, and how what is left makes up for them."""
 
-# Shapes: O outputs, I inputs, G groups of inputs, D inputs of a group, K inputs kept.
+# Shapes: O outputs, I inputs, G groups of inputs, D inputs of a group, K inputs kept; B x K x K: blocks of a metric.
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compressor.plugin import LayerResult, Removed
-from compressor_obs_diff.removal import Refit, Stream, refit, remove_greedily
+from compressor_obs_diff.metric import INDEPENDENT, slopes_of
+from compressor_obs_diff.removal import Fusion, Refit, Stream, refit, remove_greedily
 from compressor_obs_diff.solver import explain_damping
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def prune_groups(
     second in view of what the first has left, and refitted together.
 
     Args:
-        options: damping and fusion.
+        options: objective, damping and fusion.
         removals: how many heads or neurons leave, by group; the consumers of each lie in one package.
         package: consumers, by the input they read.
         moments: by group of the package; emptied.
@@ -45,7 +46,7 @@ def prune_groups(
     for groups in together.values():
         start = time.perf_counter()
         readers = groups[0].consumers
-        streams = [_stream(target, moments[inputs[target.name]]) for target in readers]
+        streams = streams_of(options, readers, inputs, moments)
         units, columns, fits = _choose(options, streams, groups, removals)
         for group in groups:
             yield Removed(group, units[group])
@@ -54,6 +55,8 @@ def prune_groups(
             _write(target, fitted, columns)
             moments.pop(inputs[target.name])
             notes = explain_damping(fitted.damping, options.damping)
+            if options.objective == "network" and rule(options, streams) != "sum":
+                notes += (INDEPENDENT,)
             if options.fusion == "rank_fusion" and len(readers) == 1:
                 notes += ("fusion rank_fusion has no effect here: no other layer reads what left",)
             yield LayerResult(target.name, fitted.error, fitted.damping, seconds / len(readers), notes)
@@ -76,7 +79,7 @@ def _choose(
             groups_GD.to(dense[0].weight_OI.device),
             removals[group],
             options.damping,
-            options.fusion,
+            rule(options, dense),
         )
         units[group] = tuple(sorted(found.removed))
         fits = found.refits
@@ -87,17 +90,48 @@ def _choose(
     return units, columns, fits
 
 
-def _stream(target: Target, moments: Moments) -> Stream:
-    assert moments.second_II is not None
-    linear = target.module
-    return Stream(
-        name=target.name,
-        weight_OI=linear.weight.detach().float(),
-        second_II=moments.second_II,
-        bias_O=None if linear.bias is None else linear.bias.detach().float(),
-        total_I=moments.total_I,
-        tokens=float(moments.weight),
-    )
+def streams_of(
+    options: OBSDiff, readers: Sequence[Target], inputs: Mapping[str, str], moments: Mapping[str, Moments]
+) -> list[Stream]:
+    """The layers that read the same heads or neurons, as problems of least squares.
+
+    Args:
+        options: objective. Where it is the network's output, and this depends on any of them, all have a metric.
+        readers: the layers.
+        inputs: the name of the input that each reads.
+        moments: by that name.
+    """
+    metrics: list[Tensor | None] = [None] * len(readers)
+    if options.objective == "network":
+        gradients = [moments[inputs[target.name]].gradients[target.name] for target in readers]
+        metrics = [slopes_of(found) for found in gradients]
+        if any(metric_BKK is not None for metric_BKK in metrics):  # then an output that counts nothing costs nothing
+            metrics = [
+                torch.zeros_like(found.second_BKK) if metric_BKK is None else metric_BKK
+                for metric_BKK, found in zip(metrics, gradients, strict=True)
+            ]
+    streams = []
+    for target, metric_BKK in zip(readers, metrics, strict=True):
+        found = moments[inputs[target.name]]
+        assert found.second_II is not None
+        linear = target.module
+        streams.append(
+            Stream(
+                name=target.name,
+                weight_OI=linear.weight.detach().float(),
+                second_II=found.second_II,
+                bias_O=None if linear.bias is None else linear.bias.detach().float(),
+                total_I=found.total_I,
+                tokens=float(found.weight),
+                metric_BKK=metric_BKK,
+            )
+        )
+    return streams
+
+
+def rule(options: OBSDiff, streams: Sequence[Stream]) -> Fusion:
+    """How the costs of several streams are compared: as errors of the network's output they add up."""
+    return options.fusion if streams[0].metric_BKK is None else "sum"
 
 
 def _rest(stream: Stream, columns: Sequence[int], fitted: Refit) -> Stream:

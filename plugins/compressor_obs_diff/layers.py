@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.plugin import Elementwise, LayerResult
 from compressor_obs_diff.least_squares import MOST_STEPS, fit
-from compressor_obs_diff.metric import metric_of
+from compressor_obs_diff.metric import INDEPENDENT, metric_of
 from compressor_obs_diff.solver import explain_damping, relative_error
 from compressor_obs_diff.solvers import SOLVERS, Problem
 
@@ -102,8 +102,9 @@ def _solve(
     metrics: list[Tensor | None] = [None] * len(members)
     if options.objective == "network":
         metrics = [metric_of(gathered.gradients.pop(target.name)) for target, *_ in members]
-        unknown = "the network's output does not depend on it: its own outputs' error was minimised"
-        notes = [note if metric is not None else (*note, unknown) for note, metric in zip(notes, metrics, strict=True)]
+        notes = [
+            note if metric is not None else (*note, INDEPENDENT) for note, metric in zip(notes, metrics, strict=True)
+        ]
     old = [target.module.weight.detach().to(torch.float32, copy=True) for target, *_ in members]
     assert isinstance(options.granularity, Elementwise)
     shares = [

@@ -17,6 +17,9 @@ DAMPING = 0.3
 built-in pipelines.
 """
 
+INDEPENDENT = "the network's output does not depend on it: its own outputs' error was minimised"
+"""A note for a layer whose gradients are all zero, where the network's output is the objective."""
+
 
 def metric_of(gradients: Gradients) -> Tensor | None:
     """The damped mean of g g^T (B x K x K), in units of its mean diagonal; None where all are zero or not finite."""
@@ -26,6 +29,22 @@ def metric_of(gradients: Gradients) -> Tensor | None:
     metric_BKK = gradients.second_BKK / mean
     metric_BKK.diagonal(dim1=1, dim2=2).add_(DAMPING)
     return metric_BKK
+
+
+def slopes_of(gradients: Gradients) -> Tensor | None:
+    """The same for one token (B x K x K), in units of the network's output, which layers have in common."""
+    metric_BKK = metric_of(gradients)
+    if metric_BKK is None:
+        return None
+    return metric_BKK * (gradients.second_BKK.diagonal(dim1=1, dim2=2).mean() / gradients.tokens)
+
+
+def root_times(metric_BKK: Tensor, x_OI: Tensor) -> Tensor:
+    """R X (O x I), in X's dtype, with R^T R the metric, which need be positive semidefinite only."""
+    blocks, width, _ = metric_BKK.shape
+    values_BK, vectors_BKK = torch.linalg.eigh(metric_BKK.to(x_OI.dtype))
+    turned_BKI = vectors_BKK.mT @ x_OI.reshape(blocks, width, -1)
+    return (values_BK.clamp(min=0).sqrt()[:, :, None] * turned_BKI).reshape(x_OI.shape)
 
 
 def diagonal(metric_BKK: Tensor) -> Tensor:

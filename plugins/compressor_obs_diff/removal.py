@@ -10,10 +10,14 @@ The search for the order needs only M = W^T W and Hinv. With L L^T = Hinv_PP, U 
 V = G - (L^-1 M_PP L^-T) U / 2, they become Hinv - U^T U and M - U^T V - V^T U: the same for one input as for a head.
 The rows U and V are gathered in a panel, from which the rows of Hinv and M that a removal needs are brought up to date;
 a full panel is applied by matrix products. The new weights come from one solve at the end: no rounding adds up in them.
+
+A metric G of the outputs changes the costs, to tr(G W_P (Hinv_PP)^-1 W_P^T), and with them the order, but not what
+makes up for a loss: every row of W is best off with its own least squares, whatever it counts. So M = W^T G W is all
+there is to it.
 """
 
 # Shapes: O outputs, I inputs, C inputs left at the last inversion, G groups, D inputs of a group, R removals,
-# S streams, K inputs kept, B rows of a panel.
+# S streams, K inputs kept, B rows of a panel; of a metric: B blocks of K outputs.
 
 from __future__ import annotations
 
@@ -24,9 +28,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compressor_obs_diff.metric import root_times
 from compressor_obs_diff.solver import factorise
 
-Fusion = Literal["energy", "rank_fusion"]
+Fusion = Literal["energy", "rank_fusion", "sum"]
 
 PANEL = 128  # inputs removed between two updates of Hinv and M
 REFRESH = 2048  # inputs removed between two inversions; in float64 the costs drift by less than 1e-10 until then
@@ -44,6 +49,8 @@ class Stream:
         bias_O: the layer's bias, if it has one.
         total_I: sum of a_t x. With it and a bias, the bias absorbs the mean of what is removed.
         tokens: sum of a_t, where `total_I` is given.
+        metric_BKK: G, how much errors of the outputs count in the order of removal, in blocks along the diagonal; None
+            for all the same. What is left does not depend on it.
     """
 
     name: str
@@ -52,6 +59,7 @@ class Stream:
     bias_O: Tensor | None = None
     total_I: Tensor | None = None
     tokens: float = 0.0
+    metric_BKK: Tensor | None = None
 
     @property
     def absorbs(self) -> bool:
@@ -114,7 +122,8 @@ def remove_greedily(
         damping: added to each Hessian's diagonal, relative to its mean; raised as `solver.factorise` does.
         fusion: how costs are compared over several streams. "rank_fusion" is the paper's: the highest sum of
             1 / (60 + rank + 1). "energy" is the lowest sum of costs, each relative to the stream's dense
-            ||W X||^2. One stream alone is ordered by its cost. Ties go to the lower index.
+            ||W X||^2, and "sum" that of the costs themselves. One stream alone is ordered by its cost. Ties go to the
+            lower index.
 
     Raises:
         CompressorError: if a Hessian is zero or not finite, or cannot be factorised.
@@ -126,7 +135,7 @@ def remove_greedily(
     assert groups_GD.unique().numel() == groups_GD.numel()
     systems = [_System(stream, damping) for stream in streams]
     searches = [_Search(system, groups_GD.to(system.weight_OI.device)) for system in systems]
-    energy_S = torch.tensor([system.energy for system in systems], dtype=torch.float64)
+    energy_S = torch.tensor([1.0 if fusion == "sum" else system.energy for system in systems], dtype=torch.float64)
     # What was chosen stays on the device, so that a GPU is not waited for after every removal.
     gone_G = torch.zeros(total, dtype=torch.bool, device=searches[0].groups_GD.device)
     energy_S = energy_S.to(gone_G.device)
@@ -180,6 +189,9 @@ class _System:
     def __init__(self, stream: Stream, damping: float) -> None:
         self.stream = stream
         self.weight_OI = stream.weight_OI.double()
+        self.scored_OI = self.weight_OI
+        if stream.metric_BKK is not None:
+            self.scored_OI = root_times(stream.metric_BKK, self.weight_OI)
         second_II = stream.second_II.double()
         self.energy = (self.weight_OI @ second_II * self.weight_OI).sum().item()
         self.mean_I: Tensor | None = None
@@ -293,9 +305,9 @@ class _Search:
         left_C = self.left_I.nonzero()[:, 0]
         gone_I = ~self.left_I
         self.inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(system.damped_II[left_C][:, left_C]))
-        weight_OC = system.weight_OI[:, left_C]
+        weight_OC = system.scored_OI[:, left_C]
         if gone_I.any():
-            weight_OC = weight_OC + system.weight_OI[:, gone_I] @ system.damped_II[gone_I][:, left_C] @ self.inverse_CC
+            weight_OC = weight_OC + system.scored_OI[:, gone_I] @ system.damped_II[gone_I][:, left_C] @ self.inverse_CC
         self.gram_CC = weight_OC.T @ weight_OC
         place_I = torch.zeros(len(gone_I), dtype=torch.int64, device=gone_I.device)
         place_I[left_C] = torch.arange(len(left_C), device=gone_I.device)
@@ -336,7 +348,7 @@ def _cheapest(costs_SG: Tensor, gone_G: Tensor, energy_S: Tensor, fusion: Fusion
     costs_SG = costs_SG.masked_fill(gone_G, torch.inf)  # and so behind all others in every ranking
     if len(costs_SG) == 1:
         score_G = costs_SG[0]
-    elif fusion == "energy":
+    elif fusion != "rank_fusion":
         score_G = (costs_SG / torch.where(energy_S > 0, energy_S, 1)[:, None]).sum(0)
     else:
         rank_SG = costs_SG.argsort(dim=1, stable=True).argsort(dim=1)

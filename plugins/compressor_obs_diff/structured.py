@@ -83,3 +83,12 @@ class HeadsAndNeurons(Structured):
                 )
             found |= leaving
         return {group: found[group] for group in groups if group in found}
+
+    def choices(self, group: Group, count: int, spread: float) -> tuple[int, ...]:
+        """Every number that leaves an aligned width and a share within `spread` of the one asked for."""
+        asked = self.multiple if group.kind == "neurons" else self.heads_multiple
+        step = asked if group.count >= asked else 1
+        share = self.shares()[group.kind]
+        widths = {group.count, *range(step, group.count, step)}
+        near = {group.count - kept for kept in widths if abs(1 - kept / group.count - share) <= spread + 1e-9}
+        return tuple(sorted({count, *near}))
