@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from compressor_obs_diff.granularities import NM, Unstructured
+from compressor_obs_diff.removal import Stream, remove_greedily
 from compressor_obs_diff.solver import factorise, relative_error, sweep
 from safetensors.torch import load_file
 
@@ -52,6 +54,23 @@ def test_the_solve_on_a_gpu_loses_as_little_as_on_the_cpu(granularity, sparsity)
         assert int(removed.sum()) == granularity.zeros(96, 256, sparsity)
         errors[device] = relative_error(weight, new, second)
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-2)
+
+
+def test_neurons_leave_without_waiting_for_the_gpu_after_each():
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(400, 96, generator=generator)
+    stream = Stream("layer", torch.randn(24, 96, generator=generator).cuda(), (x_TI.T @ x_TI).cuda())
+    waits = []
+    for count in (2, 5, 50):  # the first one for what is waited for once
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                remove_greedily([stream], torch.arange(96)[:, None], count, 0.01)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(len(caught))
+    assert waits[2] == waits[1]
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])

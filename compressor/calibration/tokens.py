@@ -52,6 +52,7 @@ class Tokens:
         if place_K is None:
             within_BN = torch.rand(samples, drawn, generator=self._generator, dtype=torch.float64)
             place_BN = ((torch.arange(drawn) + within_BN) * (tokens / drawn)).long().clamp_(max=tokens - 1)
-            place_K = (place_BN + tokens * torch.arange(samples)[:, None]).flatten().to(x.device)
+            place_K = (place_BN + tokens * torch.arange(samples)[:, None]).flatten()
+            place_K = place_K.to(x.device, non_blocking=True)  # in order with the rest of a GPU's work, not waited for
             self._places[samples, tokens] = place_K
         return x_TI.index_select(0, place_K), tokens / drawn
