@@ -152,8 +152,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
             ".obs_diff: block has no effect: heads and neurons are chosen one by one and fitted anew; leave it out",
         ),
         (
-            "obs_diff: {objective: network, granularity: {structured: {heads: 0.3}}}",
-            ".obs_diff: objective has no effect: heads and neurons are chosen one by one and fitted anew; leave it out",
+            "obs_diff: {objective: network, fusion: rank_fusion, granularity: {structured: {heads: 0.3}}}",
+            ".obs_diff: fusion has no effect: errors of the network's output add up by themselves; leave it out",
         ),
         (
             "obs_diff: {sparsity: 0.5, objective: network}",
@@ -185,7 +185,8 @@ def test_every_mistake_is_told_at_once_in_the_order_of_lines():
         ),
         (
             "obs_diff: {spread: 0.1, granularity: {structured: {heads: 0.3}}}",
-            ".obs_diff: spread has no effect: this granularity decides what every layer loses; leave it out",
+            ".obs_diff: spread needs objective network, whose gradients tell what the zeros of each layer do; add it, "
+            "or leave spread out",
         ),
         (
             "obs_diff: {sparsity: 0.3, fusion: rank_fusion}",
