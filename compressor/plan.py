@@ -11,22 +11,12 @@ from compressor import pipeline as pipelines
 from compressor import prompts
 from compressor.calibration import explain_rank, sampling
 from compressor.calibration.packages import Package, cut
-from compressor.prepare import (
-    Entry,
-    check_apart,
-    check_exporters,
-    check_table,
-    enter,
-    explain_dense,
-    explain_guidance,
-    explain_left_out,
-    shrink_twin,
-    size_of,
-    trace_at,
-)
+from compressor.entries import Entry, check_apart, enter, explain_left_out
+from compressor.prepare import check_exporters, explain_dense, explain_guidance
 from compressor.recipe import Recipe
 from compressor.report import GroupSize
 from compressor.structure import Trace, find_groups, find_targets
+from compressor.twin import check_table, shrink_twin, size_of, trace_at
 
 
 @dataclass(frozen=True)

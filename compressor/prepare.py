@@ -2,90 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor import checkpoint, pictures, prompts
 from compressor import pipeline as pipelines
 from compressor.calibration import Calibration, sampling
+from compressor.entries import Entry, check_apart, enter, explain_left_out
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch, versions
 from compressor.output import claim
 from compressor.pipeline import Pipeline
-from compressor.plugin import Metric, Pruner, Samples
+from compressor.plugin import Metric, Samples
 from compressor.progress import Progress
 from compressor.ranks import ALONE, Ranks, digest, fingerprint, sources
 from compressor.recipe import Recipe
 from compressor.registry import KINDS, Choice, find, load
 from compressor.report import GroupSize
-from compressor.structure import (
-    Component,
-    Family,
-    Group,
-    Target,
-    Trace,
-    consumers,
-    cross_check,
-    find_groups,
-    find_targets,
-    keep,
-    select,
-    trace,
-)
-from compressor.units import several
+from compressor.structure import Trace, find_groups, keep
+from compressor.twin import check_table, shrink_twin, trace_at
 
 Drawn = tuple[Tensor, Tensor]
-
-_NO_UNITS = "adaLN, which has neither heads nor neurons"
-"""Why a structured pruner leaves a layer as it is."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of the recipe's `prune`, with the layers it is given.
-
-    Attributes:
-        where: its place in the recipe, as `prune[0]`.
-        name: the plugin's name.
-        pruner: the plugin.
-        component: the network and the chosen layers.
-        removals: how many heads or neurons will leave, by group, 0 for those of which none by rounding; empty unless
-            the pruner is structured.
-        choices: from which numbers calibration will choose instead, by the same groups.
-        left_out: layers that the recipe chose and the pruner leaves as they are, and why.
-    """
-
-    where: str
-    name: str
-    pruner: Pruner
-    component: Component
-    removals: Mapping[Group, int] = field(default_factory=dict)
-    choices: Mapping[Group, tuple[int, ...]] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> tuple[Target, ...]:
-        """Those that may change, in order of execution: all that were chosen, or the linears of the groups."""
-        if not self.removals:
-            return self.component.targets
-        changing = {target.name for group in self.removals for target in (*group.producers, *group.consumers)}
-        every = find_targets(self.component.module, self.component.family)
-        return tuple(target for target in every if target.name in changing)
-
-    @property
-    def calibrated(self) -> tuple[Target, ...]:
-        """Those whose inputs the pruner asks for, if it asks for any, and for each of which it gives a result."""
-        return consumers(self.shrinking) if self.removals else self.component.targets
-
-    @property
-    def shrinking(self) -> tuple[Group, ...]:
-        """The groups that lose heads or neurons, or may."""
-        return tuple(group for group, numbers in self.choices.items() if numbers[-1])
 
 
 @dataclass(frozen=True)
@@ -274,11 +215,6 @@ def explain_dense(recipe: Recipe) -> tuple[str, ...]:
     return ("report has no effect: nothing is pruned, so that there is nothing to compare",)
 
 
-def trace_at(twin: nn.Module, recipe: Recipe, folder: pipelines.Folder) -> Trace:
-    """One forward of the meta-device twin, as `folder.twin()` makes it, at the size that the recipe calibrates at."""
-    return trace(twin, folder.family, **_dimensions(recipe, folder))
-
-
 def check_exporters(recipe: Recipe, folder: pipelines.Folder) -> None:
     """Lets each exporter look at the model.
 
@@ -308,50 +244,6 @@ def exports_space(recipe: Recipe, pipeline: Pipeline) -> dict[str, int]:
     return space
 
 
-def check_table(entries: tuple[Entry, ...], recipe: Recipe, folder: pipelines.Folder) -> tuple[str, ...]:
-    """Holds the family's table of groups against torch-pruning's dependency graph, where something is to be removed.
-
-    Args:
-        entries: on the network's meta-device twin, as it is before anything is removed.
-        recipe: whose size is used.
-        folder: of the model.
-
-    Returns:
-        A line for each row of the table where they differ and the table is known to be right.
-
-    Raises:
-        CompressorError: if they differ and nothing is known.
-    """
-    removing = [entry for entry in entries if entry.removals]
-    if not removing:
-        return ()
-    twin = removing[0].component.module
-    return cross_check(twin, folder.family, folder.family.inputs(twin, batch=1, **_dimensions(recipe, folder)))
-
-
-def _dimensions(recipe: Recipe, folder: pipelines.Folder) -> dict[str, int]:
-    """Latent rows and columns, and text tokens."""
-    height, width = size_of(recipe, folder)
-    factor = folder.vae_factor
-    sequence = folder.text_tokens(recipe.calibration.max_sequence_length if recipe.calibration else None)
-    return {"height": height // factor, "width": width // factor, "sequence": sequence}
-
-
-def size_of(recipe: Recipe, folder: pipelines.Folder) -> tuple[int, int]:
-    """Height and width of images in pixels.
-
-    Raises:
-        CompressorError: if the network cannot draw at the size that the recipe gives.
-    """
-    given, shown = recipe.calibration, recipe.report
-    folder.check_size(shown.height, shown.width, "report.")
-    if given is not None:
-        folder.check_size(given.height, given.width, "calibration.")
-        folder.check_sequence(given.max_sequence_length, "calibration.max_sequence_length")
-    at = given or shown
-    return at.height or folder.default_size, at.width or folder.default_size
-
-
 def _read_prompts(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The prompts to calibrate with and those to draw."""
     calibrating: tuple[str, ...] = ()
@@ -377,100 +269,3 @@ def _check_installed(recipe: Recipe) -> None:
     for i, exporter in enumerate(recipe.export):
         if (missing := exporter.available()) is not None:
             raise CompressorError(f"export[{i}]: {missing}")
-
-
-def enter(recipe: Recipe, name: str, module: nn.Module, family: Family, seen: Trace) -> tuple[Entry, ...]:
-    """Gives every entry of the recipe's `prune` its layers.
-
-    Args:
-        recipe: checked.
-        name: of the network.
-        module: the network, possibly on the meta device.
-        family: its table.
-        seen: a forward of one sample, which says how many tokens each layer is given.
-
-    Raises:
-        CompressorError: if a pattern matches nothing, or a pruner leaves out all layers that it is given, or cannot
-            prune one of the others.
-    """
-    linears = find_targets(module, family, adaln=True)
-    entries = []
-    for i, entry in enumerate(recipe.prune):
-        try:
-            targets = select(linears, entry.targets.include, entry.targets.exclude)
-        except CompressorError as error:
-            raise CompressorError(f"prune[{i}].{error}") from None
-        left_out = _leave_out(f"prune[{i}]", entry.pruner, targets, seen)
-        targets = tuple(target for target in targets if target.name not in left_out)
-        entry.pruner.check(targets)
-        component = Component(name, module, family, targets)
-        try:
-            removals = entry.pruner.removals(component)
-        except CompressorError as error:
-            raise CompressorError(f"prune[{i}]: {error}") from None
-        if removals:
-            whole = {target.name: _NO_UNITS for target in targets if target.layer.part == "adaln"}
-            component = replace(component, targets=tuple(t for t in targets if t.name not in whole))
-            left_out |= whole
-        plugin = Choice("pruner").name(entry.pruner)
-        choices = {group: entry.pruner.choices(group, count) for group, count in removals.items()}
-        entries.append(Entry(f"prune[{i}]", plugin, entry.pruner, component, removals, choices, left_out))
-    return tuple(entries)
-
-
-def _leave_out(where: str, pruner: Pruner, targets: tuple[Target, ...], seen: Trace) -> dict[str, str]:
-    """The layers that a pruner leaves as they are, and why."""
-    try:
-        reasons = {target.name: pruner.leaves_out(target, seen.tokens[target.name]) for target in targets}
-    except CompressorError as error:
-        raise CompressorError(f"{where}: {error}") from None
-    left_out = {name: reason for name, reason in reasons.items() if reason is not None}
-    if len(left_out) == len(targets):
-        name, reason = next(iter(left_out.items()))
-        raise CompressorError(
-            f"{where}: leaves all {len(targets)} layers as they are, so that nothing is to be done; {name}: {reason}"
-        )
-    return left_out
-
-
-def explain_left_out(entries: tuple[Entry, ...]) -> tuple[str, ...]:
-    """A warning for each entry that leaves some of its layers as they are, with the reasons and how often each."""
-    found = []
-    for entry in entries:
-        if entry.left_out:
-            reasons = Counter(entry.left_out.values())
-            found.append(
-                f"{entry.where}: {several(len(entry.left_out), 'layer')} of "
-                f"{len(entry.left_out) + len(entry.component.targets)} stay as they are: "
-                + "; ".join(f"{several(count, 'layer')} of {reason}" for reason, count in reasons.items())
-            )
-    return tuple(found)
-
-
-def shrink_twin(entries: tuple[Entry, ...]) -> bool:
-    """Takes as many heads and neurons out of the entries' network, on the meta device, as will leave the real one.
-
-    Returns:
-        Whether any did.
-    """
-    removals = [pair for entry in entries for pair in entry.removals.items()]
-    for group, count in removals:
-        keep(group, range(group.count - count))
-    return any(count for _, count in removals)
-
-
-def check_apart(entries: tuple[Entry, ...]) -> None:
-    """Refuses a layer that two entries would prune: the second would not know of the first one's zeros.
-
-    Raises:
-        CompressorError: naming the first such layer.
-    """
-    taken: dict[str, Entry] = {}
-    for entry in entries:
-        for target in entry.layers:
-            other = taken.setdefault(target.name, entry)
-            if other is not entry:
-                raise CompressorError(
-                    f"{entry.where}: {target.name} is pruned by {other.where} already; "
-                    "give each its own layers by targets"
-                )

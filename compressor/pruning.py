@@ -11,10 +11,10 @@ import torch
 
 from compressor import checkpoint, offload
 from compressor.calibration import Calibration
+from compressor.entries import Entry
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
 from compressor.plugin import LayerResult, Removed
-from compressor.prepare import Entry
 from compressor.progress import Progress
 from compressor.ranks import ALONE, Ranks, fingerprint
 from compressor.report import GroupRow, LayerRow

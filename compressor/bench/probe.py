@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from compressor import measure, prepare, recipe, registry
+from compressor import measure, recipe, registry
 from compressor import pipeline as pipelines
 from compressor.bench import models, networks, results
 from compressor.bench.settings import check_size
@@ -17,6 +17,7 @@ from compressor.errors import CompressorError
 from compressor.pipeline import pick_device
 from compressor.progress import Progress
 from compressor.structure import Family, Target, Trace, find_targets, select
+from compressor.twin import size_of, trace_at
 from compressor.two_four import product, table
 from compressor.two_four.product import Timed
 from compressor.two_four.table import Row, Table
@@ -178,7 +179,7 @@ def _recipe(file: str, size: int | None) -> tuple[int, tuple[Target, ...], Trace
     loaded = recipe.load(file)
     folder = pipelines.open_folder(loaded.model, weights=False)
     twin = folder.twin()
-    height, width = prepare.size_of(loaded, folder)
+    height, width = size_of(loaded, folder)
     if height != width or size not in (None, height):
         raise CompressorError(
             f"{file}: should be probed at the size that it calibrates at, {width} x {height} pixels, found --size "
@@ -189,7 +190,7 @@ def _recipe(file: str, size: int | None) -> tuple[int, tuple[Target, ...], Trace
     every = find_targets(twin, folder.family, adaln=True)
     chosen = {target.name for entry in loaded.prune for target in select(every, *_patterns(entry))}
     targets = tuple(target for target in every if target.name in chosen)
-    return height, targets, prepare.trace_at(twin, loaded, folder)
+    return height, targets, trace_at(twin, loaded, folder)
 
 
 def _patterns(entry: recipe.Pruning) -> tuple[tuple[str, ...], tuple[str, ...]]:

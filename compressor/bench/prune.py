@@ -13,7 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compressor import prepare
 from compressor.bench import forwards, models, networks, prune_table, results, subjects
 from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
 from compressor.bench.subjects import Asked, Subject
@@ -23,10 +22,10 @@ from compressor.calibration.packages import cut
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
+from compressor.entries import Entry, enter
 from compressor.errors import CompressorError
 from compressor.pipeline import pick_device
 from compressor.plugin import MomentKind, Removed, Weighting
-from compressor.prepare import Entry
 from compressor.progress import Progress
 from compressor.structure import Target, Trace, trace
 from compressor.units import several
@@ -94,7 +93,7 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
 def _plan(subject: Subject) -> Trace:
     twin = networks.build(subject.model, subject.family, subject.layers, torch.device("meta"), torch.float32)
     seen = trace(twin, subject.family, height=subject.height, width=subject.width, sequence=subject.model.tokens)
-    for entry in prepare.enter(subject.recipe, "network", twin, subject.family, seen):
+    for entry in enter(subject.recipe, "network", twin, subject.family, seen):
         if entry.pruner.moments != "none":
             _packages(subject, seen, entry)
     return seen
@@ -164,7 +163,7 @@ class _Bench:
         )
         self._timestep = float(cast(Tensor, given["timestep"]).reshape(-1)[0])
         self.forward = forwards.eager(self._network, given)
-        self._entries = prepare.enter(subject.recipe, "network", self._network, subject.family, seen)
+        self._entries = enter(subject.recipe, "network", self._network, subject.family, seen)
 
     def measure(self) -> Measured:
         """Forwards, solves, and what a whole job would take."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import pipeline as pipelines
-from compressor import prepare, recipe, registry, shrunk
+from compressor import recipe, registry, shrunk
 from compressor.bench import models
 from compressor.bench.models import KnownModel
 from compressor.bench.networks import VAE_FACTOR
@@ -19,6 +19,7 @@ from compressor.errors import CompressorError
 from compressor.pipeline import Folder
 from compressor.recipe import Recipe
 from compressor.structure import Family
+from compressor.twin import size_of
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _of_recipe(name: str, asked: Asked) -> Subject:
                 "does not time; leave objective network out, or run the recipe and read its report"
             )
     folder = pipelines.open_folder(loaded.model, weights=False)
-    height, width = prepare.size_of(loaded, folder)
+    height, width = size_of(loaded, folder)
     assert loaded.calibration is not None
     return Subject(
         name,

@@ -10,13 +10,14 @@ import pytest
 import torch
 from compressor_obs_diff import layers
 
-from compressor import calibration, prepare
+from compressor import calibration
 from compressor.bench import models, networks, prune, subjects, timing
 from compressor.bench.models import MODELS
 from compressor.bench.subjects import Asked
 from compressor.bench.timing import Times
 from compressor.calibration import Moments
 from compressor.cli import main
+from compressor.entries import enter
 from compressor.units import DASH
 from tests import tiny
 from tests.bench.test_shrunk import TINY
@@ -232,7 +233,7 @@ def test_a_known_models_layers_are_all_that_the_published_tables_count():
     subject = subjects.find("sd3-medium", Asked())
     seen = prune._plan(subject)
     twin = networks.build(subject.model, subject.family, None, torch.device("meta"), torch.float32)
-    zeroing, two_four, removing = prepare.enter(subject.recipe, "network", twin, subject.family, seen)
+    zeroing, two_four, removing = enter(subject.recipe, "network", twin, subject.family, seen)
     assert len(zeroing.calibrated) == len(two_four.calibrated) == 24 * 12 - 3
     assert seen.tokens[zeroing.calibrated[0].name] == 1024
     assert len(removing.calibrated) == 22 * 4  # both outputs and both down projections but of the first and last block
