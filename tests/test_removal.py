@@ -343,7 +343,7 @@ def test_outputs_of_one_attention_that_a_table_calibrates_apart_are_named():
         find_groups(network("sd3"), dataclasses.replace(table, blocks=(dataclasses.replace(block, layers=layers),)))
     assert str(caught.value) == (
         "transformer_blocks.0: the linears that read the heads of 'attn' should have one stage in the family's table, "
-        "so that they are calibrated together, found 1 of transformer_blocks.0.attn.to_out.0, 9 of "
+        "so that they are calibrated together, found 2 of transformer_blocks.0.attn.to_out.0, 9 of "
         "transformer_blocks.0.attn.to_add_out"
     )
 
