@@ -190,6 +190,8 @@ def _digest(entry: Entry) -> str:
 
 def _merge(shares: list[Tensor]) -> Tensor:
     """What several processes drew, in the order of the prompts: each drew every so manieth."""
+    if len(shares) == 1:
+        return shares[0]  # all pictures would be held twice
     return torch.stack([shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))])
 
 

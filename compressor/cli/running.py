@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 import click
@@ -28,10 +27,7 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
     RECIPE is a YAML file, or the name of one that came with the package (see `compressor recipes`).
     """
     if is_shared():
-        with importing():
-            from compressor import ranks
-
-        _run_shared(ranks, recipe_file, overrides, overwrite)
+        _run_shared(recipe_file, overrides, overwrite)
     loaded = recipe.load(recipe_file, overrides)
     output = Path(loaded.output)
     before = _stamp(output)
@@ -72,12 +68,12 @@ def is_shared() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
 
 
-def _run_shared(ranks: ModuleType, recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> NoReturn:
+def _run_shared(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> NoReturn:
     """The same in one of several processes: whichever fails first tells why, and all end with its exit code."""
     with importing():
         from rich.console import Console
 
-        from compressor import quiet
+        from compressor import quiet, ranks
         from compressor.progress import Progress
         from compressor.run import run as run_recipe
 
