@@ -38,6 +38,18 @@ def test_lowest_marks_exactly_k_with_ties_to_the_lower_index(kind):
 
 
 @KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_bits_of_scores_choose_as_their_order_does(kind, dtype):
+    for outputs, inputs in SHAPES:
+        score_OI = scores(outputs, inputs, kind).to(dtype)
+        for score in (score_OI, score_OI - 0.5, -score_OI, -score_OI * 0, score_OI * 1e-30):
+            for zeros in range(outputs * inputs + 1):
+                found = sparsity.lowest_by_bits(score, zeros)
+                assert found.flatten().tolist() == lowest_by_sorting(score.flatten().tolist(), zeros)
+                assert found.shape == score.shape
+
+
+@KINDS
 def test_lowest_per_row_marks_exactly_k_of_each_row_with_ties_to_the_lower_index(kind):
     for outputs, inputs in SHAPES:
         score_OI = scores(outputs, inputs, kind)
