@@ -26,6 +26,7 @@ class Problem:
         granularity: what is removed together.
         block: columns that the sweep updates at a time.
         name: a layer, for errors.
+        factored: the factor, where it has been made with those of other problems.
     """
 
     second_II: Tensor
@@ -33,11 +34,12 @@ class Problem:
     granularity: Elementwise
     block: int
     name: str
+    factored: Factor | None = None
 
     @cached_property
     def factor(self) -> Factor:
         """The inverse Hessian as a triangle, and the damping that was needed for it."""
-        return factorise(self.second_II, self.damping, self.name)
+        return self.factored or factorise(self.second_II, self.damping, self.name)
 
     @cached_property
     def damped_II(self) -> Tensor:
