@@ -7,8 +7,10 @@ Every problem has a Hessian of its own, and the layers that read one input, such
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
 
@@ -28,7 +30,21 @@ FREE = 0.5
 
 def possible(granularity: Elementwise, device: torch.device) -> bool:
     """Whether there is a kernel for that; any other granularity has its masks asked for block by block."""
-    return type(granularity) in (Unstructured, NM) and device.type == "cuda" and find_spec("triton") is not None
+    return type(granularity) in (Unstructured, NM) and device.type == "cuda" and works(device)
+
+
+@cache
+def works(device: torch.device) -> bool:
+    """Whether Triton is there and can compile, for which it needs a C compiler and Python's headers."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        from compressor_obs_diff import sweep_kernel
+
+        sweep_kernel.trial(device)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError):
+        return False
+    return True
 
 
 def most(outputs: int, inputs: int, device: torch.device) -> int:

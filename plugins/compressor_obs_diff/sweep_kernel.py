@@ -1,7 +1,7 @@
 """Triton kernels for the sweep on a GPU: the columns of a block one after the other, and thresholds of many layers.
 
-Imported only where tensors lie on a GPU and Triton is there. `solver.sweep_together` has the same in PyTorch, and is the
-reference.
+Imported only where tensors lie on a GPU and Triton is there. `solver.sweep_together` does the same in PyTorch, and is
+the reference.
 """
 
 # Shapes: N problems of O outputs and I inputs, B columns of a block; S sets of K scores; P passes, D digits.
@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048
+TILE = 1024
 """Weights that a program of the sweep holds: whole rows of a block."""
-WARPS = 4
 DIGIT = 4
 """Bits of a threshold that one pass over the scores decides."""
 CHUNK = 512
@@ -26,6 +25,11 @@ MOST_PROGRAMS = 512
 """Of a pass, for every set of scores."""
 
 
+def trial(device: torch.device) -> None:
+    """Compiles and runs a kernel, for its errors."""
+    lowest_of_each(torch.zeros(1, CHUNK, device=device), torch.ones(1, dtype=torch.int64, device=device))
+
+
 def sweep_block(
     weight_NOI: Tensor,
     upper_NII: Tensor,
@@ -34,7 +38,7 @@ def sweep_block(
     width: int,
     n_m: tuple[int, int] | None = None,
     tile: int = TILE,
-    warps: int = WARPS,
+    warps: int | None = None,
 ) -> Tensor:
     """Removes weights of a block's columns from left to right, each time updating those to the right in the block.
 
@@ -46,13 +50,15 @@ def sweep_block(
         width: its columns; with N:M a multiple of M.
         n_m: keep so many of so many inputs in a row; none where the mask is given.
         tile: weights that a program holds.
-        warps: of a program.
+        warps: of a program; by the width if none.
 
     Returns:
         For every weight that went what it was over U_jj, for all others 0; N x O x B.
     """
     problems, outputs, inputs = weight_NOI.shape
     columns = triton.next_power_of_2(width)
+    if warps is None:
+        warps = 1 if columns <= 256 else 4  # with one, threads need not wait for each other
     rows = max(1, min(tile // columns, triton.next_power_of_2(outputs)))
     error_NOB = torch.empty(problems, outputs, width, device=weight_NOI.device)
     keep, of = n_m or (0, 1)
