@@ -193,9 +193,11 @@ def package(dtype: torch.dtype) -> tuple[Package, dict[str, Moments]]:
             values_I, vectors_II = torch.linalg.eigh(second_II)
             values_I[0] = -0.05 * values_I.mean()
             second_II = (vectors_II * values_I) @ vectors_II.T
-        count = torch.tensor(100)
-        found = (second_II.diagonal(), x_TI.sum(0), second_II, count, torch.tensor(0), count.double())
-        moments[targets[0].name] = Moments(*(part.to(DEVICE) for part in found))
+        found = Moments.empty(inputs, second=True, device=DEVICE)
+        found.total_I.copy_(x_TI.sum(0))
+        found.second_II = second_II.to(DEVICE)
+        found.weight.fill_(100)
+        moments[targets[0].name] = found.finish()
         groups.append(Group(targets[0].name, tuple(targets)))
     return Package(1, 1, tuple(groups), 0), moments
 
@@ -239,7 +241,7 @@ def test_a_package_is_pruned_at_once_as_group_by_group(given, dtype, most, monke
         assert result.seconds > 0
         one, other = modules[name], others[name]
         assert torch.equal(one.weight == 0, other.weight == 0)
-        tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
-        torch.testing.assert_close(one.weight, other.weight, **tolerance)
+        rtol, atol = (1e-2, 1e-2) if dtype == torch.bfloat16 else (1e-3, 1e-4)
+        torch.testing.assert_close(one.weight, other.weight, rtol=rtol, atol=atol)
         if one.bias is not None:
-            torch.testing.assert_close(one.bias, other.bias, **tolerance)
+            torch.testing.assert_close(one.bias, other.bias, rtol=rtol, atol=atol)

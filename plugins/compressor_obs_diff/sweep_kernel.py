@@ -8,6 +8,8 @@ the reference.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -62,8 +64,9 @@ def sweep_block(
     rows = max(1, min(tile // columns, triton.next_power_of_2(outputs)))
     error_NOB = torch.empty(problems, outputs, width, device=weight_NOI.device)
     keep, of = n_m or (0, 1)
+    kernel: Any = _sweep_block
     with torch.cuda.device_of(weight_NOI):
-        _sweep_block[triton.cdiv(outputs, rows), problems](
+        kernel[triton.cdiv(outputs, rows), problems](
             weight_NOI,
             upper_NII,
             removed_NOI.view(torch.uint8),
@@ -155,11 +158,10 @@ def lowest_of_each(score_SK: Tensor, zeros_S: Tensor) -> Tensor:
     below_PSD = torch.zeros(passes, sets, 2**DIGIT, dtype=torch.int64, device=score_SK.device)
     prefix_PS = torch.empty(passes, sets, dtype=torch.int64, device=score_SK.device)
     programs = max(1, min(scores // (CHUNK * CHUNKS), MOST_PROGRAMS))
+    kernel: Any = _count_below
     with torch.cuda.device_of(score_SK):
         for turn in range(passes):
-            _count_below[programs, sets](
-                bits_SK, zeros_S, below_PSD, prefix_PS, scores, sets, turn, DIGIT=DIGIT, CHUNK=CHUNK
-            )
+            kernel[programs, sets](bits_SK, zeros_S, below_PSD, prefix_PS, scores, sets, turn, DIGIT=DIGIT, CHUNK=CHUNK)
     digit_S1 = (below_PSD[-1, :, 1:] < zeros_S[:, None]).sum(1, keepdim=True)
     threshold_S1 = (prefix_PS[-1, :, None] | digit_S1).int()
     spare_S1 = zeros_S[:, None] - below_PSD[-1].gather(1, digit_S1)  # of those at the threshold
