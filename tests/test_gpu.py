@@ -9,17 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from compressor_obs_diff import OBSDiff
 from compressor_obs_diff.granularities import NM, Unstructured
+from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.removal import Stream, remove_greedily
 from compressor_obs_diff.solver import factorise, relative_error, sweep
 from safetensors.torch import load_file
 
 from compressor import pipeline as pipelines
 from compressor import recipe, report
+from compressor.calibration import Group, Package
 from compressor.calibration.moments import Moments
 from compressor.progress import Progress
 from compressor.recipe import Model
 from compressor.run import run
+from compressor.structure import Layer, Target
 from tests import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -71,6 +75,30 @@ def test_neurons_leave_without_waiting_for_the_gpu_after_each():
             torch.cuda.set_sync_debug_mode("default")
         waits.append(len(caught))
     assert waits[2] == waits[1]
+
+
+@pytest.mark.parametrize("given", [{"sparsity": 0.5}, {"granularity": "n_m"}])
+def test_layers_of_equal_shape_are_solved_without_waiting_for_the_gpu_after_each(given):
+    options = OBSDiff.model_validate(given)
+    waits = []
+    for count in (2, 3, 30):  # the first one for what is waited for once
+        groups, moments = [], {}
+        for name in map(str, range(count)):
+            linear = torch.nn.Linear(512, 256, device="cuda").requires_grad_(False)
+            target = Target(name, linear, name, Layer("to_q", "attention", "query", "image", 0))
+            groups.append(Group(name, (target,)))
+            moments[name] = Moments.empty(512, second=True, device=torch.device("cuda"))
+            moments[name].add(torch.randn(1000, 512, device="cuda"), 1.0)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                results = list(prune_package(options, Package(1, 1, tuple(groups), 0), moments))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(results) == count
+        waits.append(len(caught))
+    assert waits[2] == waits[1] <= 4
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])
