@@ -1,6 +1,6 @@
 """The inverse of a Cholesky factor, against the one that the library's inverse gives."""
 
-# Shapes: T tokens, I inputs.
+# Shapes: N matrices, T tokens, I inputs.
 
 from __future__ import annotations
 
@@ -38,3 +38,24 @@ def test_halving_tells_of_a_matrix_that_is_not_positive_definite(place):
     matrix_II = torch.eye(21)
     matrix_II[place, place] = -1
     assert int(inverse_factor(matrix_II)[1]) != 0
+
+
+@pytest.mark.parametrize("size", [1, 8, 9, 24, 41])
+def test_several_matrices_at_once_give_what_each_gives_alone(size):
+    generator = torch.Generator().manual_seed(size)
+    x_NTI = torch.randn(3, 3 * size, size, generator=generator, dtype=torch.float64)
+    matrix_NII = x_NTI.mT @ x_NTI
+    inverse_NII, info_N = inverse_factor(matrix_NII.clone())
+    assert info_N.tolist() == [0, 0, 0]
+    for matrix_II, inverse_II in zip(matrix_NII, inverse_NII, strict=True):
+        torch.testing.assert_close(inverse_II, inverse_factor(matrix_II.clone())[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", [0, 11, 20])
+def test_of_several_matrices_those_that_are_not_positive_definite_are_told_apart(place):
+    matrix_NII = 2 * torch.eye(21).repeat(4, 1, 1)
+    matrix_NII[1, place, place] = -1
+    matrix_NII[3, place, place] = float("nan")
+    inverse_NII, info_N = inverse_factor(matrix_NII)
+    assert (info_N != 0).tolist() == [False, True, False, True]
+    torch.testing.assert_close(inverse_NII[[0, 2]], (torch.eye(21) / 2**0.5).repeat(2, 1, 1))

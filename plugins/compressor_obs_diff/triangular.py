@@ -7,7 +7,7 @@ With A = [A11, A21^T; A21, A22] and X = L^-1 of A = L L^T,
 halves are halved again until they are small, and all else are products.
 """
 
-# Shapes: I inputs.
+# Shapes: N matrices of I inputs, or none before the I: one matrix.
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ GPU_BASE = 512
 """The same on a GPU, where small pieces are launches and little work. Not measured."""
 
 
-def inverse_factor(matrix_II: Tensor) -> tuple[Tensor, Tensor]:
-    """L^-1 with L L^T the matrix.
+def inverse_factor(matrix_NII: Tensor) -> tuple[Tensor, Tensor]:
+    """L^-1 with L L^T the matrix, of one matrix or of several at once.
 
     Args:
-        matrix_II: symmetric; its lower triangle is read. Changed.
+        matrix_NII: symmetric, N x I x I or I x I; the lower triangles are read. Changed.
 
     Returns:
-        L^-1, lower triangular, and 0 if the matrix is positive definite, else another number: an integer tensor, so
-        that no GPU is waited for.
+        L^-1, lower triangular, and for each matrix 0 if it is positive definite, else another number: an integer
+        tensor (N, or without a dimension), so that no GPU is waited for.
     """
-    inverse_II = torch.zeros_like(matrix_II)
+    inverse_NII = torch.zeros_like(matrix_NII)
     infos: list[Tensor] = []
-    _fill(matrix_II, inverse_II, GPU_BASE if matrix_II.is_cuda else BASE, infos)
-    return inverse_II, torch.stack(infos).abs().amax()
+    _fill(matrix_NII, inverse_NII, GPU_BASE if matrix_NII.is_cuda else BASE, infos)
+    return inverse_NII, torch.stack(infos).abs().amax(0)
 
 
-def _fill(matrix_II: Tensor, inverse_II: Tensor, base: int, infos: list[Tensor]) -> None:
-    size = len(matrix_II)
+def _fill(matrix_NII: Tensor, inverse_NII: Tensor, base: int, infos: list[Tensor]) -> None:
+    size = matrix_NII.shape[-1]
     if size <= base:
-        lower_II, info = torch.linalg.cholesky_ex(matrix_II)
-        infos.append(info)
-        eye_II = torch.eye(size, dtype=lower_II.dtype, device=lower_II.device)
-        inverse_II.copy_(torch.linalg.solve_triangular(lower_II, eye_II, upper=False).tril_())
+        lower_NII, info_N = torch.linalg.cholesky_ex(matrix_NII)
+        infos.append(info_N)
+        eye_II = torch.eye(size, dtype=lower_NII.dtype, device=lower_NII.device)
+        inverse_NII.copy_(torch.linalg.solve_triangular(lower_NII, eye_II, upper=False).tril_())
         return
     half = -(-size // (2 * base)) * base
-    first_II, second_II = inverse_II[:half, :half], inverse_II[half:, half:]
-    _fill(matrix_II[:half, :half], first_II, base, infos)
-    lower = matrix_II[half:, :half] @ first_II.T
-    matrix_II[half:, half:].addmm_(lower, lower.T, alpha=-1)
-    _fill(matrix_II[half:, half:], second_II, base, infos)
-    torch.mm(second_II, lower @ first_II, out=inverse_II[half:, :half]).neg_()
+    first_NII, second_NII = inverse_NII[..., :half, :half], inverse_NII[..., half:, half:]
+    _fill(matrix_NII[..., :half, :half], first_NII, base, infos)
+    lower = matrix_NII[..., half:, :half] @ first_NII.mT
+    rest_NII = matrix_NII[..., half:, half:]
+    (rest_NII.addmm_ if rest_NII.dim() == 2 else rest_NII.baddbmm_)(lower, lower.mT, alpha=-1)
+    _fill(rest_NII, second_NII, base, infos)
+    torch.matmul(second_NII, lower @ first_NII, out=inverse_NII[..., half:, :half]).neg_()
