@@ -146,19 +146,19 @@ def test_the_rules_differ_over_two_streams_and_agree_over_one():
 def test_ranks_that_tie_give_up_the_lower_index():
     costs_PSG = torch.tensor([[[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]]], dtype=torch.float64)
     costs_PSG = torch.cat([costs_PSG, costs_PSG.flip(2)])
-    left_PG = torch.ones(2, 3, dtype=torch.bool)
-    assert greedy.cheapest(costs_PSG, left_PG, torch.ones(2, 2), "rank_fusion").tolist() == [[0], [1]]
+    out_PG = torch.zeros(2, 3, dtype=torch.bool)
+    assert greedy.cheapest(costs_PSG, out_PG, torch.ones(2, 2), "rank_fusion").tolist() == [[0], [1]]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_what_is_gone_is_neither_chosen_nor_ranked(fusion):
     generator = torch.Generator().manual_seed(0)
     costs_PSG = torch.rand(1, 2, 9, generator=generator, dtype=torch.float64)
-    left_PG = torch.tensor([[False, True, True] * 3])
-    left = left_PG[0].nonzero()[:, 0]
-    spoiled_PSG = costs_PSG.masked_fill(~left_PG, torch.nan)
-    among = greedy.cheapest(costs_PSG[:, :, left], left_PG[:, left], torch.ones(1, 2), fusion)
-    assert greedy.cheapest(spoiled_PSG, left_PG, torch.ones(1, 2), fusion) == left[among]
+    out_PG = torch.tensor([[True, False, False] * 3])
+    left = (~out_PG[0]).nonzero()[:, 0]
+    spoiled_PSG = costs_PSG.masked_fill(out_PG, torch.nan)
+    among = greedy.cheapest(costs_PSG[:, :, left], out_PG[:, left], torch.ones(1, 2), fusion)
+    assert greedy.cheapest(spoiled_PSG, out_PG, torch.ones(1, 2), fusion) == left[among]
 
 
 def test_a_stream_without_output_has_no_say():

@@ -80,7 +80,7 @@ class Search:
         costs = [torch.zeros(problems, streams, 0, dtype=torch.float64, device=self.gone_PG.device)]
         for step in range(count):
             costs_PSG = self.costs()
-            place_P1 = cheapest(costs_PSG, self.left_PG, energy_PS, fusion)
+            place_P1 = cheapest(costs_PSG, self.out_PG, energy_PS, fusion)
             costs.append(costs_PSG.gather(2, place_P1[:, None].expand(-1, streams, 1)))
             if step < count - 1:
                 self.remove(place_P1)
@@ -102,7 +102,7 @@ class Search:
 
     def remove(self, place_P1: Tensor) -> None:
         """Downdates Hinv and M of all problems for the loss of a group each, given by its place among those left."""
-        self.left_PG.scatter_(1, place_P1, False)
+        self.out_PG.scatter_(1, place_P1, True)
         self.places.append(place_P1)
         if self.width == 1:
             self._remove_one(self._of_streams(place_P1))
@@ -143,7 +143,7 @@ class Search:
 
     def _remove_one(self, gone_N1: Tensor) -> None:
         """L is a number here: no factorisation, and few launches."""
-        groups = self.left_PG.shape[1]
+        groups = self.out_PG.shape[1]
         current_N2C = self._current(gone_N1)[:, :, 0]
         inverse_N1C, gram_N1C = current_N2C[:, :1], current_N2C[:, 1:]
         pivot_N21 = current_N2C.gather(2, gone_N1[:, None].expand(-1, 2, 1))
@@ -155,7 +155,7 @@ class Search:
         self.pivots_N2G.addcmul_(new_N2G, new_N2G[:, :1], value=-1)
 
     def _remove_several(self, place_N1: Tensor) -> None:
-        groups, width = self.left_PG.shape[1], self.width
+        groups, width = self.out_PG.shape[1], self.width
         gone_ND = place_N1 * width + torch.arange(width, device=place_N1.device)
         current_N2DC = self._current(gone_ND)
         inverse_NDC, gram_NDC = current_N2DC.unbind(1)
@@ -183,9 +183,9 @@ class Search:
         self.rows = 0
         # Of a positive definite matrix, Hinv_jj H_jj >= 1: less tells of rounding.
         product_NC = inverse_NCC.diagonal(dim1=1, dim2=2) * self.diagonal_NC
-        groups, width = self.left_PG.shape[1], self.width
+        groups, width = self.out_PG.shape[1], self.width
         least_NG = product_NC[:, : groups * width].unflatten(1, (groups, width)).amin(2)
-        if ((least_NG < 1 - 1e-6) & self._of_streams(self.left_PG)).any():
+        if ((least_NG < 1 - 1e-6) & ~self._of_streams(self.out_PG)).any():
             self.invert()
 
     def invert(self) -> None:
@@ -225,7 +225,7 @@ class Search:
                 weight_OC += self.weights[n].index_select(1, gone_K) @ between_KC @ inverse_NCC[n]
             torch.mm(weight_OC.T, weight_OC, out=gram_NCC[n])
         self.diagonal_NC = self.hessian_NII.diagonal(dim1=1, dim2=2).gather(1, columns_NC)
-        self.left_PG = torch.ones(problems, groups, dtype=torch.bool, device=device)
+        self.out_PG = torch.zeros(problems, groups, dtype=torch.bool, device=device)
         if width == 1:
             # Hinv_jj and M_jj / 2: from both, then, one product is taken away, of U with U and with V
             self.pivots_N2G = self.state_N2CC.diagonal(dim1=2, dim2=3)[:, :, :groups].clone()
@@ -241,9 +241,16 @@ class Search:
         self.since = 0
 
 
-def cheapest(costs_PSG: Tensor, left_PG: Tensor, energy_PS: Tensor, fusion: Fusion) -> Tensor:
-    """The place of the group that each problem is to lose next, P x 1. Ties go to the lower one."""
-    costs_PSG = costs_PSG.masked_fill(~left_PG[:, None], torch.inf)  # and so behind all others in every ranking
+def cheapest(costs_PSG: Tensor, out_PG: Tensor, energy_PS: Tensor, fusion: Fusion) -> Tensor:
+    """The place of the group that each problem is to lose next, P x 1. Ties go to the lower one.
+
+    Args:
+        costs_PSG: changed: those of groups that are gone become infinite.
+        out_PG: which are gone.
+        energy_PS: what costs are relative to, unless they are fused by ranks.
+        fusion: as in `Search.run`.
+    """
+    costs_PSG.masked_fill_(out_PG[:, None], torch.inf)  # and so behind all others in every ranking
     if costs_PSG.shape[1] == 1:
         score_PG = costs_PSG[:, 0]
     elif fusion != "rank_fusion":
@@ -251,7 +258,7 @@ def cheapest(costs_PSG: Tensor, left_PG: Tensor, energy_PS: Tensor, fusion: Fusi
     else:
         rank_PSG = costs_PSG.argsort(dim=2, stable=True).argsort(dim=2)
         score_PG = -(1 / (RANK_OFFSET + rank_PSG.double())).sum(1)
-        score_PG = score_PG.masked_fill(~left_PG, torch.inf)
+        score_PG = score_PG.masked_fill(out_PG, torch.inf)
     return score_PG.argmin(1, keepdim=True)
 
 
