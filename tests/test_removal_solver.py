@@ -174,7 +174,8 @@ def test_a_stream_without_output_has_no_say():
 
 def begin(streams: list[Stream], groups_GD: Tensor) -> greedy.Search:
     systems = removal._Systems(streams, DAMPING)
-    return greedy.Search(systems.damped_NII, systems.factors, systems.scored, groups_GD, len(streams))
+    metrics = [one.metric_BKK for one in streams]
+    return greedy.Search(systems.damped_NII, systems.factors, systems.weights, metrics, groups_GD, len(streams))
 
 
 @pytest.mark.parametrize("width", [1, 4])

@@ -5,10 +5,11 @@ are gone, removing the inputs Q
 
     costs tr(W_Q (Hinv_QQ)^-1 W_Q^T),  W -= W_Q (Hinv_QQ)^-1 Hinv_Q,:  and  Hinv -= Hinv_:Q (Hinv_QQ)^-1 Hinv_Q,:
 
-which is exact in groups. The order needs only M = W^T W and Hinv. With L L^T = Hinv_QQ, U = L^-1 Hinv_Q,:,
-X = L^-1 M_Q,: and V = X - (L^-1 M_QQ L^-T) U / 2, they become Hinv - U^T U and M - U^T V - V^T U: the same for one
-input as for a head. The rows U and V are gathered in a panel, from which the rows of Hinv and M that a removal needs
-are brought up to date; a full panel is applied by matrix products.
+which is exact in groups. Where errors of the outputs count by a metric G, removal costs tr(G W_Q (Hinv_QQ)^-1 W_Q^T).
+The order needs only M = W^T G W and Hinv. With L L^T = Hinv_QQ, U = L^-1 Hinv_Q,:, X = L^-1 M_Q,: and
+V = X - (L^-1 M_QQ L^-T) U / 2, they become Hinv - U^T U and M - U^T V - V^T U: the same for one input as for a head.
+The rows U and V are gathered in a panel, from which the rows of Hinv and M that a removal needs are brought up to date;
+a full panel is applied by matrix products.
 
 What is gone stays in all tensors, and nothing of it reaches what is left: entry c of a row of U or V concerns column c
 only. So no step depends on what was chosen but by indices on the device. A GPU is not waited for after a removal, and
@@ -27,6 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compressor_obs_diff.metric import times
 from compressor_obs_diff.triangular import inverse_factor, square
 
 Fusion = Literal["energy", "rank_fusion", "sum"]
@@ -42,16 +44,24 @@ class Search:
     Args:
         hessian_NII: damped, positive definite, float64; problem by problem, the streams of each side by side. Kept.
         factors: L^-1 of their Cholesky factorisations, N x I x I, in a list that is emptied: it is as large as Hinv.
-        weights: of the N, O x I with any O, in the metric that counts for costs; float64. Kept.
+        weights: of the N, O x I with any O; float64. Kept.
+        metrics: of the N, G (in blocks, B x K x K), how much errors of the outputs count in costs; None: all the same.
         groups_GD: the inputs of each group, disjoint, the same for all problems; on the CPU.
         streams: S.
     """
 
     def __init__(
-        self, hessian_NII: Tensor, factors: list[Tensor], weights: Sequence[Tensor], groups_GD: Tensor, streams: int
+        self,
+        hessian_NII: Tensor,
+        factors: list[Tensor],
+        weights: Sequence[Tensor],
+        metrics: Sequence[Tensor | None],
+        groups_GD: Tensor,
+        streams: int,
     ) -> None:
         self.hessian_NII = hessian_NII
         self.weights = weights
+        self.metrics = metrics
         self.streams = streams
         count, inputs, _ = hessian_NII.shape
         free_I = torch.ones(inputs, dtype=torch.bool)
@@ -223,7 +233,9 @@ class Search:
             if len(gone_K):
                 between_KC = part(self.hessian_NII[n], gone_K, columns_C)
                 weight_OC += self.weights[n].index_select(1, gone_K) @ between_KC @ inverse_NCC[n]
-            torch.mm(weight_OC.T, weight_OC, out=gram_NCC[n])
+            metric_BKK = self.metrics[n]
+            scored_OC = weight_OC if metric_BKK is None else times(metric_BKK.double(), weight_OC)
+            torch.mm(weight_OC.T, scored_OC, out=gram_NCC[n])
         self.diagonal_NC = self.hessian_NII.diagonal(dim1=1, dim2=2).gather(1, columns_NC)
         self.out_PG = torch.zeros(problems, groups, dtype=torch.bool, device=device)
         if width == 1:

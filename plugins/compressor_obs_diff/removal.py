@@ -4,9 +4,8 @@ The structured granularities of OBS-Diff (arXiv 2510.06751). The paper factorise
 `greedy.Search` finds the order by downdates of one inversion, which is exact in groups. The new weights come from one
 solve at the end: no rounding adds up in them.
 
-A metric G of the outputs changes the costs, to tr(G W_Q (Hinv_QQ)^-1 W_Q^T), and with them the order, but not what
-makes up for a loss: every row of W is best off with its own least squares, whatever it counts. So M = W^T G W is all
-there is to it.
+A metric G of the outputs changes the costs and with them the order, but not what makes up for a loss: every row of W is
+best off with its own least squares, whatever it counts.
 """
 
 # Shapes: O outputs, I inputs, G groups, D inputs of a group, R removals, P problems, S streams of each, N = P S,
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 from compressor_obs_diff.greedy import Fusion, Search, part
-from compressor_obs_diff.metric import root_times
 from compressor_obs_diff.solver import factorise
 from compressor_obs_diff.triangular import inverse_factor
 
@@ -155,13 +153,14 @@ def remove_together(
     Raises:
         CompressorError: as there.
     """
+    groups_GD = groups_GD.cpu()
     systems, order_PR, costs_PSR = _order(problems, groups_GD, damping, fusion)
     total, inputs = len(groups_GD), systems.damped_NII.shape[-1]
-    groups_GD = groups_GD.to(order_PR.device)
+    places_GD = groups_GD.to(order_PR.device)
     parts: list[tuple[Tensor, Tensor]] = []
     for problem, order_R in zip(problems, order_PR, strict=True):
         gone_I = torch.zeros(inputs, dtype=torch.uint8, device=order_R.device)
-        gone_I.index_fill_(0, groups_GD[order_R[: problem.count]].flatten(), 1)
+        gone_I.index_fill_(0, places_GD[order_R[: problem.count]].flatten(), 1)
         sorted_I = gone_I.argsort(stable=True)  # what is kept, then what is gone; without waiting for how many
         width = inputs - problem.count * groups_GD.shape[1]
         parts.append((sorted_I[:width], sorted_I[width:]))
@@ -171,12 +170,14 @@ def remove_together(
     found: list[Removal] = []
     for p, (problem, order_R) in enumerate(zip(problems, order_PR.tolist(), strict=True)):
         removed: list[int] = order_R[: problem.count]
-        gone = set(removed)
+        left_G, left_I = torch.ones(total, dtype=torch.bool), torch.ones(inputs, dtype=torch.bool)
+        left_G[removed] = False
+        left_I[groups_GD[removed].flatten()] = False
         found.append(
             Removal(
-                kept=[group for group in range(total) if group not in gone],
+                kept=left_G.nonzero()[:, 0].tolist(),
                 removed=removed,
-                columns=parts[p][0].tolist(),
+                columns=left_I.nonzero()[:, 0].tolist(),
                 costs_RS=costs[p],
                 refits=refits[p * streams : (p + 1) * streams],
             )
@@ -261,7 +262,8 @@ def _order(
         energy_PS = torch.ones_like(systems.energy_N).view(-1, streams)
     else:
         energy_PS = systems.energy_N.masked_fill(systems.energy_N <= 0, 1).view(-1, streams)
-    search = Search(systems.damped_NII, systems.factors, systems.scored, groups_GD, streams)
+    metrics = [stream.metric_BKK for stream in systems.streams]
+    search = Search(systems.damped_NII, systems.factors, systems.weights, metrics, groups_GD, streams)
     return systems, *search.run(count, energy_PS, fusion)
 
 
@@ -286,10 +288,6 @@ class _Systems:
     def __init__(self, streams: Sequence[Stream], damping: float) -> None:
         self.streams = streams
         self.weights = [stream.weight_OI.double() for stream in streams]
-        self.scored = [
-            weight_OI if stream.metric_BKK is None else root_times(stream.metric_BKK, weight_OI)
-            for stream, weight_OI in zip(streams, self.weights, strict=True)
-        ]
         inputs, device = self.weights[0].shape[1], self.weights[0].device
         self.damped_NII = torch.empty(len(streams), inputs, inputs, dtype=torch.float64, device=device)
         self.means: list[Tensor | None] = []
