@@ -12,10 +12,10 @@ from compressor_obs_diff import greedy, removal
 from compressor_obs_diff.greedy import Fusion
 from compressor_obs_diff.removal import (
     Problem,
+    Refit,
     Removal,
     Stream,
     costs_together,
-    refit,
     refit_together,
     remove_greedily,
     remove_together,
@@ -43,6 +43,10 @@ def weights(outputs: int, inputs: int, seed: int) -> Tensor:
 
 def stream(weight_OI: Tensor, x_TI: Tensor, name: str = "to_out") -> Stream:
     return Stream(name, weight_OI, x_TI.T @ x_TI)
+
+
+def fit(one: Stream, columns: list[int], damping: float = DAMPING) -> Refit:
+    return refit_together([one], [columns], [damping])[0]
 
 
 def heads(count: int, width: int) -> Tensor:
@@ -173,9 +177,9 @@ def test_a_stream_without_output_has_no_say():
 
 
 def begin(streams: list[Stream], groups_GD: Tensor) -> greedy.Search:
-    systems = removal._Systems(streams, DAMPING)
+    systems = removal._Systems(streams, [DAMPING] * len(streams))
     metrics = [one.metric_BKK for one in streams]
-    return greedy.Search(systems.damped_NII, systems.factors, systems.weights, metrics, groups_GD, len(streams))
+    return greedy.Search(systems.damped_NII, [systems.factorise()], systems.weights, metrics, groups_GD, len(streams))
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -351,8 +355,10 @@ def alone(one: Problem, monkeypatch: pytest.MonkeyPatch, costs: object) -> Remov
 def test_streams_refitted_together_are_as_refitted_alone():
     streams = [problem(seed, 1, 1, 0, bias=seed == 1).streams[0] for seed in range(3)]
     columns = [[1, 4, 5], [0, 7, 23], list(range(24))]
-    for one, kept, each in zip(streams, columns, refit_together(streams, columns, DAMPING), strict=True):
-        expected = refit(one, kept, DAMPING)
+    for one, kept, each in zip(
+        streams, columns, refit_together(streams, columns, [DAMPING, 0.1, DAMPING]), strict=True
+    ):
+        expected = fit(one, kept, each.damping)
         torch.testing.assert_close(each.weight_OK, expected.weight_OK, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(each.bias_O, expected.bias_O, rtol=1e-10, atol=1e-10)
         assert each.error == pytest.approx(expected.error, rel=1e-9, abs=1e-12)
@@ -449,12 +455,12 @@ def test_what_float32_lets_pass_is_damped_further():
     second_II = torch.eye(4, dtype=torch.float64)
     second_II[0, 1] = second_II[1, 0] = 1 + 2e-8
     second_II *= 1.5  # so that the mean is no power of two
-    systems = removal._Systems([Stream("to_out", weights(3, 4, 0), second_II)], 1e-8)
+    systems = removal._Systems([Stream("to_out", weights(3, 4, 0), second_II)], [1e-8])
+    (factor_II,) = systems.factorise()
     assert systems.dampings[0] > 1e-8
     expected_II = second_II + 1.5 * systems.dampings[0] * torch.eye(4, dtype=torch.float64)
     torch.testing.assert_close(systems.damped_NII[0], expected_II, rtol=0, atol=1e-15)
-    (factor_NII,) = systems.factors
-    torch.testing.assert_close(factor_NII[0].T @ factor_NII[0] @ expected_II, torch.eye(4).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(factor_II.T @ factor_II @ expected_II, torch.eye(4).double(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
@@ -513,7 +519,7 @@ def test_a_neuron_that_never_changes_is_free_with_a_bias():
     assert found.removed == [3]
     assert found.refits[0].error < 1e-12
     torch.testing.assert_close(found.refits[0].bias_O, 5 * weight_OI[:, 3], rtol=1e-9, atol=1e-9)
-    assert refit(replace(one, bias_O=None), found.columns, DAMPING).error > 1e-3
+    assert fit(replace(one, bias_O=None), found.columns).error > 1e-3
 
 
 def test_a_layer_without_a_bias_is_not_given_one():
@@ -536,7 +542,7 @@ def test_a_bias_stays_as_it_is_where_no_mean_is_given():
 
 def test_a_refit_of_any_columns_is_least_squares():
     weight_OI, x_TI = weights(4, 8, 3), tokens(8, 3)
-    found = refit(stream(weight_OI, x_TI), [1, 4, 5], DAMPING)
+    found = fit(stream(weight_OI, x_TI), [1, 4, 5])
     expected_OK, _ = least_squares(weight_OI, damped(x_TI), [1, 4, 5])
     torch.testing.assert_close(found.weight_OK, expected_OK, rtol=1e-9, atol=1e-9)
 
@@ -556,9 +562,7 @@ def test_the_order_of_summation_may_move_the_bias_of_an_almost_constant_input_an
         for part_TI in x_TI.to(dtype).split(544):
             second_II.addmm_(part_TI.T, part_TI)
             total_I += part_TI.sum(0)
-        found = refit(
-            Stream("to_add_out", weight_OI.double(), second_II, bias_O, total_I, float(len(x_TI))), columns, DAMPING
-        )
+        found = fit(Stream("to_add_out", weight_OI.double(), second_II, bias_O, total_I, float(len(x_TI))), columns)
         assert found.bias_O is not None
         return found.weight_OK, found.bias_O, found.error
 

@@ -36,6 +36,7 @@ class _Job:
         columns: which of the dense layers' inputs are left.
         units: which heads or neurons have left, by group.
         fits: of `streams`.
+        dampings: of `dense`.
     """
 
     groups: Sequence[Group]
@@ -44,6 +45,7 @@ class _Job:
     columns: list[int]
     units: dict[Group, tuple[int, ...]]
     fits: list[Refit]
+    dampings: list[float]
 
 
 @torch.no_grad()
@@ -112,7 +114,7 @@ def batches(found: Sequence[Sequence[Group]], counts: Mapping[Group, int]) -> It
 
 
 def _begin(groups: Sequence[Group], streams: list[Stream]) -> _Job:
-    return _Job(groups, streams, streams, list(range(streams[0].weight_OI.shape[1])), {}, [])
+    return _Job(groups, streams, streams, list(range(streams[0].weight_OI.shape[1])), {}, [], [])
 
 
 def _solve(options: OBSDiff, jobs: Sequence[_Job], removals: Mapping[Group, int]) -> None:
@@ -132,13 +134,15 @@ def _solve(options: OBSDiff, jobs: Sequence[_Job], removals: Mapping[Group, int]
             for job, each in zip(members, found, strict=True):
                 job.units[job.groups[stage]] = tuple(sorted(each.removed))
                 job.fits = each.refits
+                job.dampings = job.dampings or [fitted.damping for fitted in each.refits]
                 job.columns = [job.columns[i] for i in each.columns]
                 if stage < len(job.groups) - 1:
                     pairs = zip(job.streams, each.refits, strict=True)
                     job.streams = [_rest(stream, each.columns, fitted) for stream, fitted in pairs]
     if len(jobs[0].groups) > 1:  # errors are to be against the dense weights
         streams = [stream for job in jobs for stream in job.dense]
-        fits = iter(refit_together(streams, [job.columns for job in jobs for _ in job.dense], options.damping))
+        dampings = [damping for job in jobs for damping in job.dampings]
+        fits = iter(refit_together(streams, [job.columns for job in jobs for _ in job.dense], dampings))
         for job in jobs:
             job.fits = list(itertools.islice(fits, len(job.dense)))
 
@@ -146,9 +150,8 @@ def _solve(options: OBSDiff, jobs: Sequence[_Job], removals: Mapping[Group, int]
 def _places(job: _Job, stage: int) -> Tensor:
     """Where the inputs of each unit are among those left, G x D."""
     group = job.groups[stage]
-    place = {column: i for i, column in enumerate(job.columns)}
-    wide = group.columns(group.consumers[0], range(group.count)).tolist()
-    return torch.tensor([place[column] for column in wide]).view(group.count, group.width)
+    wide = group.columns(group.consumers[0], range(group.count))
+    return torch.searchsorted(torch.tensor(job.columns), wide).view(group.count, group.width)
 
 
 def streams_of(

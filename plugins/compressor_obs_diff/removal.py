@@ -203,27 +203,20 @@ def costs_together(
     return _check(problems, costs_PSR)
 
 
-def refit(stream: Stream, columns: Sequence[int], damping: float) -> Refit:
-    """The weights on some of the inputs, and the bias, whose outputs come nearest to those of all.
+def refit_together(
+    streams: Sequence[Stream], columns: Sequence[Sequence[int]], dampings: Sequence[float]
+) -> list[Refit]:
+    """The weights on some of the inputs, and the bias, whose outputs come nearest to those of all; for several streams.
 
-    Minimises ||W X + b - W' X_K - b'||^2 + damping * mean(diag H) * ||W - W'||^2, b' moving only where
+    Each minimises ||W X + b - W' X_K - b'||^2 + damping * mean(diag H) * ||W - W'||^2, b' moving only where
     `stream.absorbs`. Removing inputs one after the other leads to the same weights.
 
     Args:
-        stream: not changed.
-        columns: the inputs kept, ascending, at least one.
-        damping: as in `remove_greedily`.
-
-    Raises:
-        CompressorError: as in `remove_greedily`.
+        streams: with as many inputs. Not changed.
+        columns: for each the inputs kept, ascending, at least one.
+        dampings: for each one with which its Hessian can be factorised, as `Refit` tells from an earlier removal.
     """
-    return refit_together([stream], [columns], damping)[0]
-
-
-def refit_together(streams: Sequence[Stream], columns: Sequence[Sequence[int]], damping: float) -> list[Refit]:
-    """What `refit` gives for each of several streams with as many inputs, and each its own that are kept."""
-    systems = _Systems(streams, damping)
-    systems.factors.clear()
+    systems = _Systems(streams, dampings)
     inputs, device = systems.damped_NII.shape[-1], systems.damped_NII.device
     parts: list[tuple[Tensor, Tensor]] = []
     for kept in columns:
@@ -255,15 +248,17 @@ def _order(
     assert all(0 <= problem.count < len(groups_GD) for problem in problems)
     groups_GD = groups_GD.cpu()
     assert groups_GD.unique().numel() == groups_GD.numel()
-    systems = _Systems([stream for problem in problems for stream in problem.streams], damping)
+    every = [stream for problem in problems for stream in problem.streams]
+    systems = _Systems(every, [damping] * len(every))
+    factors = [systems.factorise()]
     count = max(problem.count for problem in problems)
     streams = len(problems[0].streams)
     if fusion == "sum":
         energy_PS = torch.ones_like(systems.energy_N).view(-1, streams)
     else:
         energy_PS = systems.energy_N.masked_fill(systems.energy_N <= 0, 1).view(-1, streams)
-    metrics = [stream.metric_BKK for stream in systems.streams]
-    search = Search(systems.damped_NII, systems.factors, systems.weights, metrics, groups_GD, streams)
+    metrics = [stream.metric_BKK for stream in every]
+    search = Search(systems.damped_NII, factors, systems.weights, metrics, groups_GD, streams)
     return systems, *search.run(count, energy_PS, fusion)
 
 
@@ -279,14 +274,11 @@ def _check(problems: Sequence[Problem], costs_PSR: Tensor) -> list[Tensor]:
 
 
 class _Systems:
-    """The least-squares problems of several streams with as many inputs, in float64.
+    """The least-squares problems of several streams with as many inputs, in float64."""
 
-    Attributes:
-        factors: L^-1 of the damped Hessians (N x I x I), until someone takes it.
-    """
-
-    def __init__(self, streams: Sequence[Stream], damping: float) -> None:
+    def __init__(self, streams: Sequence[Stream], dampings: Sequence[float]) -> None:
         self.streams = streams
+        self.dampings = list(dampings)
         self.weights = [stream.weight_OI.double() for stream in streams]
         inputs, device = self.weights[0].shape[1], self.weights[0].device
         self.damped_NII = torch.empty(len(streams), inputs, inputs, dtype=torch.float64, device=device)
@@ -305,14 +297,17 @@ class _Systems:
         self.energy_N = torch.stack(energies)
         diagonal_NI = self.damped_NII.diagonal(dim1=1, dim2=2)
         self.level_N = diagonal_NI.mean(1)
-        diagonal_NI += damping * self.level_N[:, None]
+        for n, damping in enumerate(dampings):
+            diagonal_NI[n] += damping * self.level_N[n]
+
+    def factorise(self) -> Tensor:
+        """L^-1 of the damped Hessians, N x I x I; where there is none, the damping is raised."""
         factor_NII, info_N = inverse_factor(self.damped_NII.clone())
         sound_N = (info_N == 0) & torch.isfinite(factor_NII.sum((1, 2)))
-        self.dampings = [damping] * len(streams)
         for n, sound in enumerate(sound_N.tolist()):
             if not sound:
                 factor_NII[n] = self._damp_further(n)
-        self.factors = [factor_NII]
+        return factor_NII
 
     def _damp_further(self, n: int) -> Tensor:
         """Raises the damping of a stream until its Hessian can be factorised, and returns L^-1."""
