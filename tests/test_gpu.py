@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from compressor_obs_diff import OBSDiff
+from compressor_obs_diff import OBSDiff, greedy
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
-from compressor_obs_diff.removal import Stream, remove_greedily
+from compressor_obs_diff.removal import Problem, Stream, remove_greedily, remove_together
 from compressor_obs_diff.solver import factorise, relative_error, sweep
 from safetensors.torch import load_file
 
@@ -60,21 +61,68 @@ def test_the_solve_on_a_gpu_loses_as_little_as_on_the_cpu(granularity, sparsity)
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-2)
 
 
-def test_neurons_leave_without_waiting_for_the_gpu_after_each():
-    generator = torch.Generator().manual_seed(0)
-    x_TI = torch.randn(400, 96, generator=generator)
-    stream = Stream("layer", torch.randn(24, 96, generator=generator).cuda(), (x_TI.T @ x_TI).cuda())
-    waits = []
-    for count in (2, 5, 50):  # the first one for what is waited for once
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                remove_greedily([stream], torch.arange(96)[:, None], count, 0.01)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        waits.append(len(caught))
-    assert waits[2] == waits[1]
+def problem(seed: int, inputs: int, streams: int, count: int) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Stream] = []
+    for s in range(streams):
+        x_TI = torch.randn(4 * inputs, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+        weight_OI = torch.randn(24, inputs, generator=generator, dtype=torch.float64)
+        bias_O = torch.randn(24, generator=generator, dtype=torch.float64)
+        moments = ((x_TI.T @ x_TI).cuda(), bias_O.cuda(), x_TI.sum(0).cuda(), float(len(x_TI)))
+        found.append(Stream(f"{seed}.{s}", weight_OI.cuda(), *moments))
+    return Problem(found, count)
+
+
+def waits(problems: list[Problem], groups_GD: torch.Tensor) -> int:
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            remove_together(problems, groups_GD, 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("width", [1, 4])
+def test_heads_and_neurons_leave_without_waiting_for_the_gpu_after_each(width, streams):
+    groups_GD = torch.arange(96).view(-1, width)
+    few, many = 5 // width + 1, 80 // width
+    waits([problem(0, 96, streams, 2)], groups_GD)  # for what is waited for once
+    expected = waits([problem(0, 96, streams, few)], groups_GD)
+    assert waits([problem(0, 96, streams, many)], groups_GD) == expected
+    assert waits([problem(seed, 96, streams, many) for seed in range(4)], groups_GD) == expected
+
+
+@pytest.mark.parametrize(("panel", "refresh"), [(128, 2048), (16, 48)])
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("width", [1, 4])
+def test_on_a_gpu_problems_solved_together_are_as_solved_alone_and_as_on_the_cpu(
+    width, streams, panel, refresh, monkeypatch
+):
+    monkeypatch.setattr(greedy, "PANEL", panel)
+    monkeypatch.setattr(greedy, "REFRESH", refresh)
+    groups_GD = torch.arange(96).view(-1, width)
+    problems = [problem(seed, 96, streams, (80 - 16 * seed) // width) for seed in range(4)]
+    for one, found in zip(problems, remove_together(problems, groups_GD, 0.01), strict=True):
+        of_cpu = [
+            replace(
+                stream,
+                weight_OI=stream.weight_OI.cpu(),
+                second_II=stream.second_II.cpu(),
+                bias_O=None if stream.bias_O is None else stream.bias_O.cpu(),
+                total_I=None if stream.total_I is None else stream.total_I.cpu(),
+            )
+            for stream in one.streams
+        ]
+        for streams_alone in (one.streams, of_cpu):
+            alone = remove_greedily(streams_alone, groups_GD, one.count, 0.01)
+            assert found.removed == alone.removed
+            torch.testing.assert_close(found.costs_RS, alone.costs_RS, rtol=1e-7, atol=1e-7)
+            for each, expected in zip(found.refits, alone.refits, strict=True):
+                torch.testing.assert_close(each.weight_OK.cpu(), expected.weight_OK.cpu(), rtol=1e-8, atol=1e-8)
+                assert each.error == pytest.approx(expected.error, rel=1e-6)
 
 
 @pytest.mark.parametrize("given", [{"sparsity": 0.5}, {"granularity": "n_m"}])

@@ -8,8 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressor_obs_diff import removal
-from compressor_obs_diff.removal import Fusion, Stream, refit, remove_greedily
+from compressor_obs_diff import greedy, removal
+from compressor_obs_diff.greedy import Fusion
+from compressor_obs_diff.removal import (
+    Problem,
+    Refit,
+    Removal,
+    Stream,
+    costs_together,
+    refit_together,
+    remove_greedily,
+    remove_together,
+)
 from torch import Tensor
 
 from compressor.errors import CompressorError
@@ -33,6 +43,10 @@ def weights(outputs: int, inputs: int, seed: int) -> Tensor:
 
 def stream(weight_OI: Tensor, x_TI: Tensor, name: str = "to_out") -> Stream:
     return Stream(name, weight_OI, x_TI.T @ x_TI)
+
+
+def fit(one: Stream, columns: list[int], damping: float = DAMPING) -> Refit:
+    return refit_together([one], [columns], [damping])[0]
 
 
 def heads(count: int, width: int) -> Tensor:
@@ -94,7 +108,7 @@ def brute_force(
 @pytest.mark.parametrize(("count", "width"), [(9, 1), (6, 2), (5, 3)])
 @pytest.mark.parametrize("seed", range(2))
 def test_order_and_weights_are_those_of_brute_force(panel, count, width, seed, monkeypatch):
-    monkeypatch.setattr(removal, "PANEL", panel)
+    monkeypatch.setattr(greedy, "PANEL", panel)
     weight_OI, x_TI = weights(4, count * width, seed), tokens(count * width, seed)
     groups_GD = heads(count, width)
     found = remove_greedily([stream(weight_OI, x_TI)], groups_GD, count - 1, DAMPING)
@@ -134,21 +148,21 @@ def test_the_rules_differ_over_two_streams_and_agree_over_one():
 
 
 def test_ranks_that_tie_give_up_the_lower_index():
-    costs_SG = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]], dtype=torch.float64)
-    none_G = torch.zeros(3, dtype=torch.bool)
-    assert removal._cheapest(costs_SG, none_G, torch.ones(2), "rank_fusion") == 0
-    assert removal._cheapest(costs_SG.flip(1), none_G, torch.ones(2), "rank_fusion") == 1
+    costs_PSG = torch.tensor([[[1.0, 2.0, 3.0], [2.0, 1.0, 3.0]]], dtype=torch.float64)
+    costs_PSG = torch.cat([costs_PSG, costs_PSG.flip(2)])
+    out_PG = torch.zeros(2, 3, dtype=torch.bool)
+    assert greedy.cheapest(costs_PSG, out_PG, torch.ones(2, 2), "rank_fusion").tolist() == [[0], [1]]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_what_is_gone_is_neither_chosen_nor_ranked(fusion):
     generator = torch.Generator().manual_seed(0)
-    costs_SG = torch.rand(2, 9, generator=generator, dtype=torch.float64)
-    gone_G = torch.tensor([True, False, False] * 3)
-    left = (~gone_G).nonzero()[:, 0]
-    spoiled_SG = costs_SG.masked_fill(gone_G, torch.nan)
-    expected = left[removal._cheapest(costs_SG[:, left], torch.zeros(6, dtype=torch.bool), torch.ones(2), fusion)]
-    assert torch.equal(removal._cheapest(spoiled_SG, gone_G, torch.ones(2), fusion), expected)
+    costs_PSG = torch.rand(1, 2, 9, generator=generator, dtype=torch.float64)
+    out_PG = torch.tensor([[True, False, False] * 3])
+    left = (~out_PG[0]).nonzero()[:, 0]
+    spoiled_PSG = costs_PSG.masked_fill(out_PG, torch.nan)
+    among = greedy.cheapest(costs_PSG[:, :, left], out_PG[:, left], torch.ones(1, 2), fusion)
+    assert greedy.cheapest(spoiled_PSG, out_PG, torch.ones(1, 2), fusion) == left[among]
 
 
 def test_a_stream_without_output_has_no_say():
@@ -162,16 +176,21 @@ def test_a_stream_without_output_has_no_say():
 # ---------------------------------------------------------------------------------------------------------- downdates
 
 
+def begin(streams: list[Stream], groups_GD: Tensor) -> greedy.Search:
+    systems = removal._Systems(streams, [DAMPING] * len(streams))
+    metrics = [one.metric_BKK for one in streams]
+    return greedy.Search(systems.damped_NII, [systems.factorise()], systems.weights, metrics, groups_GD, len(streams))
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_downdates_equal_inverting_what_is_left(width, monkeypatch):
-    monkeypatch.setattr(removal, "PANEL", 5)
+    monkeypatch.setattr(greedy, "PANEL", 5)
     weight_OI, x_TI = weights(7, 32, 0), tokens(32, 0)
     groups_GD = heads(32 // width, width)
-    system = removal._System(stream(weight_OI, x_TI), DAMPING)
-    search = removal._Search(system, groups_GD)
+    search = begin([stream(weight_OI, x_TI)], groups_GD)
     left = list(range(len(groups_GD)))
     for group in (3, 0, 7, 5):
-        search.remove(torch.tensor([group]))
+        search.remove(torch.tensor([[group]]))
         left.remove(group)
         columns_K = groups_GD[left].flatten()
         inverse_KK = torch.linalg.inv((damped(x_TI).T @ damped(x_TI))[columns_K][:, columns_K])
@@ -180,11 +199,11 @@ def test_downdates_equal_inverting_what_is_left(width, monkeypatch):
             torch.trace(new_OK[:, part] @ torch.linalg.inv(inverse_KK[part][:, part]) @ new_OK[:, part].T).item()
             for part in torch.arange(len(columns_K)).reshape(-1, width)
         ]
-        torch.testing.assert_close(search.costs()[left], torch.tensor(costs).double(), rtol=1e-5, atol=0)
-    search._apply()
-    found_KK = search.inverse_CC[columns_K][:, columns_K]
-    torch.testing.assert_close(found_KK, inverse_KK, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(search.gram_CC[columns_K][:, columns_K], new_OK.T @ new_OK, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(search.costs()[0, 0, left], torch.tensor(costs).double(), rtol=1e-5, atol=0)
+    search.apply()
+    inverse_CC, gram_CC = search.state_N2CC[0]
+    torch.testing.assert_close(inverse_CC[columns_K][:, columns_K], inverse_KK, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gram_CC[columns_K][:, columns_K], new_OK.T @ new_OK, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("width", [1, 8])
@@ -193,11 +212,11 @@ def test_downdates_drift_so_little_that_inverting_anew_changes_nothing(width, mo
     one = stream(weights(16, 256, 5), tokens(256, 5, count=40))
     count = 256 // width * 3 // 4
     inversions = []
-    invert = removal._Search._invert
-    monkeypatch.setattr(removal._Search, "_invert", lambda self: inversions.append(1) or invert(self))
+    invert = greedy.Search.invert
+    monkeypatch.setattr(greedy.Search, "invert", lambda self: inversions.append(1) or invert(self))
     never = remove_greedily([one], heads(256 // width, width), count, 1e-4)
-    assert len(inversions) == 1
-    monkeypatch.setattr(removal, "REFRESH", 16)
+    assert not inversions
+    monkeypatch.setattr(greedy, "REFRESH", 16)
     often = remove_greedily([one], heads(256 // width, width), count, 1e-4)
     assert len(inversions) > 10
     assert never.removed == often.removed
@@ -205,16 +224,17 @@ def test_downdates_drift_so_little_that_inverting_anew_changes_nothing(width, mo
 
 
 def test_an_inverse_that_cannot_be_is_made_anew(monkeypatch):
-    monkeypatch.setattr(removal, "PANEL", 1)
-    system = removal._System(stream(weights(4, 8, 0), tokens(8, 0)), DAMPING)
-    search, sound = (removal._Search(system, heads(8, 1)) for _ in range(2))
-    search.inverse_CC[5, 5] *= 1e-3  # below 1 / H_jj
+    monkeypatch.setattr(greedy, "PANEL", 1)
+    one = stream(weights(4, 8, 0), tokens(8, 0))
+    search, sound = (begin([one], heads(8, 1)) for _ in range(2))
+    search.state_N2CC[0, 0, 5, 5] *= 1e-3  # below 1 / H_jj
     for each in (search, sound):
-        each.remove(torch.tensor([2]))
+        each.remove(torch.tensor([[2]]))
     left = [0, 1, 3, 4, 5, 6, 7]
-    assert len(search.inverse_CC) == 7
-    assert len(sound.inverse_CC) == 8
-    torch.testing.assert_close(search.inverse_CC, sound.inverse_CC[left][:, left], rtol=1e-9, atol=1e-12)
+    assert search.state_N2CC.shape[-1] == 7
+    assert sound.state_N2CC.shape[-1] == 8
+    expected_CC = sound.state_N2CC[0, 0][left][:, left]
+    torch.testing.assert_close(search.state_N2CC[0, 0], expected_CC, rtol=1e-9, atol=1e-12)
 
 
 def test_costs_add_up_to_the_damped_error_and_the_error_grows():
@@ -231,6 +251,130 @@ def test_costs_add_up_to_the_damped_error_and_the_error_grows():
         errors.append(found.refits[0].error)
     assert errors[0] == 0
     assert errors == sorted(errors)
+
+
+# ----------------------------------------------------------------------------------------------------------- together
+
+
+def problem(seed: int, width: int, streams: int, count: int, *, bias: bool = False, metric: bool = False) -> Problem:
+    """24 inputs; no two problems alike, nor their numbers of outputs."""
+    found: list[Stream] = []
+    for s in range(streams):
+        number = 10 * seed + s
+        outputs = 4 + 2 * ((seed + s) % 3)
+        x_TI = tokens(24, number, count=30 + 7 * seed, mean=2)
+        one = stream(weights(outputs, 24, number), x_TI, f"{seed}.{s}")
+        if bias:
+            one = replace(one, bias_O=weights(outputs, 1, number)[:, 0], total_I=x_TI.sum(0), tokens=float(len(x_TI)))
+        if metric:
+            root_BKK = weights(outputs, outputs // 2, number + 1).view(2, outputs // 2, outputs // 2)
+            one = replace(one, metric_BKK=root_BKK @ root_BKK.mT)
+        found.append(one)
+    return Problem(found, count)
+
+
+def assert_same(found: Removal, expected: Removal) -> None:
+    assert (found.kept, found.removed, found.columns) == (expected.kept, expected.removed, expected.columns)
+    torch.testing.assert_close(found.costs_RS, expected.costs_RS, rtol=1e-8, atol=1e-8)
+    for one, other in zip(found.refits, expected.refits, strict=True):
+        torch.testing.assert_close(one.weight_OK, other.weight_OK, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(one.bias_O, other.bias_O, rtol=1e-10, atol=1e-10)
+        assert one.error == pytest.approx(other.error, rel=1e-9, abs=1e-12)
+        assert one.damping == other.damping
+
+
+@pytest.mark.parametrize(("panel", "refresh"), [(128, 2048), (3, 2048), (4, 6)])
+@pytest.mark.parametrize("extras", [{}, {"bias": True}, {"metric": True}, {"bias": True, "metric": True}])
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("width", [1, 3])
+def test_together_every_problem_gets_what_it_gets_alone(width, streams, extras, panel, refresh, monkeypatch):
+    monkeypatch.setattr(greedy, "PANEL", panel)
+    monkeypatch.setattr(greedy, "REFRESH", refresh)
+    groups_GD = heads(24 // width, width)
+    counts = [6, 3, 0, 6] if width == 3 else [17, 3, 0, 23]
+    problems = [problem(seed, width, streams, count, **extras) for seed, count in enumerate(counts)]
+    for fusion in FUSIONS if streams == 2 else FUSIONS[:1]:
+        found = remove_together(problems, groups_GD, DAMPING, fusion)
+        for one, each in zip(problems, found, strict=True):
+            assert len(each.removed) == one.count
+            assert_same(each, remove_greedily(one.streams, groups_GD, one.count, DAMPING, fusion))
+        for costs_RS, each in zip(costs_together(problems, groups_GD, DAMPING, fusion), found, strict=True):
+            assert torch.equal(costs_RS, each.costs_RS)
+
+
+def test_a_problem_without_inputs_to_speak_of_does_not_spoil_those_beside_it():
+    """With 2 tokens for 24 inputs and hardly any damping, it goes far beyond what it is to lose."""
+    poor = Problem([stream(weights(4, 24, 8), tokens(24, 8, count=2))], 1)
+    sound = problem(1, 1, 1, 22)
+    found = remove_together([poor, sound], heads(24, 1), 1e-12, "energy")
+    assert_same(found[1], remove_greedily(sound.streams, heads(24, 1), 22, 1e-12))
+    assert len(found[0].removed) == 1
+
+
+def test_damping_is_raised_for_the_problem_alone_that_needs_it():
+    second_II = torch.ones(24, 24, dtype=torch.float64) - 1e-3 * torch.eye(24)
+    needy, sound = Problem([Stream("needy", weights(3, 24, 0), second_II)], 5), problem(1, 1, 1, 7)
+    for problems in ([needy, sound], [sound, needy]):
+        found = {len(each.removed): each for each in remove_together(problems, heads(24, 1), 1e-7)}
+        assert (found[5].refits[0].damping, found[7].refits[0].damping) == (pytest.approx(1e-2), 1e-7)
+        assert_same(found[5], remove_greedily(needy.streams, heads(24, 1), 5, 1e-7))
+        assert_same(found[7], remove_greedily(sound.streams, heads(24, 1), 7, 1e-7))
+
+
+def test_among_several_a_hessian_of_nothing_names_its_layer():
+    nothing = Problem([Stream("blocks.3.ff.net.2", weights(3, 24, 0), torch.zeros(24, 24))], 1)
+    with pytest.raises(CompressorError, match=r"^blocks\.3\.ff\.net\.2: the mean of the squared inputs should be"):
+        remove_together([problem(0, 1, 1, 1), nothing], heads(24, 1), DAMPING)
+
+
+@pytest.mark.parametrize("count", [5, 20])
+def test_costs_that_are_not_finite_name_the_layer_that_lost_by_them(count, monkeypatch):
+    problems = [problem(0, 1, 1, 22), problem(1, 1, 1, count)]
+    costs = greedy.Search.costs
+
+    def spoiled(self: greedy.Search) -> Tensor:
+        costs_PSG = costs(self)
+        if len(self.places) >= 10:
+            costs_PSG[1] = torch.nan
+        return costs_PSG
+
+    monkeypatch.setattr(greedy.Search, "costs", spoiled)
+    if count == 5:  # what comes after the last one that it is to lose does not matter
+        assert_same(remove_together(problems, heads(24, 1), DAMPING)[1], alone(problems[1], monkeypatch, costs))
+    else:
+        with pytest.raises(AssertionError, match=r"^1\.0: rounding has spoiled the inverse of its Hessian"):
+            remove_together(problems, heads(24, 1), DAMPING)
+
+
+def alone(one: Problem, monkeypatch: pytest.MonkeyPatch, costs: object) -> Removal:
+    with monkeypatch.context() as patch:
+        patch.setattr(greedy.Search, "costs", costs)
+        return remove_greedily(one.streams, heads(24, 1), one.count, DAMPING)
+
+
+def test_streams_refitted_together_are_as_refitted_alone():
+    streams = [problem(seed, 1, 1, 0, bias=seed == 1).streams[0] for seed in range(3)]
+    columns = [[1, 4, 5], [0, 7, 23], list(range(24))]
+    for one, kept, each in zip(
+        streams, columns, refit_together(streams, columns, [DAMPING, 0.1, DAMPING]), strict=True
+    ):
+        expected = fit(one, kept, each.damping)
+        torch.testing.assert_close(each.weight_OK, expected.weight_OK, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(each.bias_O, expected.bias_O, rtol=1e-10, atol=1e-10)
+        assert each.error == pytest.approx(expected.error, rel=1e-9, abs=1e-12)
+
+
+def test_a_gpu_solves_as_many_together_as_half_of_its_memory_holds(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * gib, 141 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * gib)
+    gpu = torch.device("cuda:0")
+    assert removal.fitting_together(6144, 1, gpu) == 17 == 30 * gib // (6 * 8 * 6144**2)
+    assert removal.fitting_together(6144, 2, gpu) == 8
+    assert removal.fitting_together(1536, 2, gpu) == removal.MOST
+    assert removal.fitting_together(10**5, 1, gpu) == 1
+    assert removal.fitting_together(64, 1, torch.device("cpu")) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- edges
@@ -266,11 +410,14 @@ def test_inputs_in_no_group_are_kept_and_make_up_for_the_others():
     torch.testing.assert_close(found.refits[0].weight_OK, expected_OK, rtol=1e-8, atol=1e-8)
 
 
-def test_groups_may_be_scattered():
+@pytest.mark.parametrize("refresh", [1, 2048])
+@pytest.mark.parametrize("groups", [[[7, 0], [2, 5], [6, 1], [3, 4]], [[7], [2], [6], [3], [0]]])
+def test_groups_may_be_scattered(groups, refresh, monkeypatch):
+    monkeypatch.setattr(greedy, "REFRESH", refresh)
     weight_OI, x_TI = weights(4, 8, 3), tokens(8, 3)
-    groups_GD = torch.tensor([[7, 0], [2, 5], [6, 1], [3, 4]])
-    found = remove_greedily([stream(weight_OI, x_TI)], groups_GD, 2, DAMPING)
-    removed, (expected_OK,) = brute_force([(weight_OI, x_TI)], groups_GD, 2, "energy")
+    groups_GD = torch.tensor(groups)
+    found = remove_greedily([stream(weight_OI, x_TI)], groups_GD, 3, DAMPING)
+    removed, (expected_OK,) = brute_force([(weight_OI, x_TI)], groups_GD, 3, "energy")
     assert found.removed == removed
     assert found.columns == sorted(found.columns)
     torch.testing.assert_close(found.refits[0].weight_OK, expected_OK, rtol=1e-8, atol=1e-8)
@@ -307,10 +454,13 @@ def test_what_float32_lets_pass_is_damped_further():
     """Below float32's resolution of 1, so that its factorisation cannot see that the matrix is indefinite."""
     second_II = torch.eye(4, dtype=torch.float64)
     second_II[0, 1] = second_II[1, 0] = 1 + 2e-8
-    system = removal._System(Stream("to_out", weights(3, 4, 0), second_II), 1e-8)
-    assert system.damping > 1e-8
-    expected_II = second_II + system.damping * torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(system.damped_II, expected_II, rtol=0, atol=1e-15)
+    second_II *= 1.5  # so that the mean is no power of two
+    systems = removal._Systems([Stream("to_out", weights(3, 4, 0), second_II)], [1e-8])
+    (factor_II,) = systems.factorise()
+    assert systems.dampings[0] > 1e-8
+    expected_II = second_II + 1.5 * systems.dampings[0] * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(systems.damped_NII[0], expected_II, rtol=0, atol=1e-15)
+    torch.testing.assert_close(factor_II.T @ factor_II @ expected_II, torch.eye(4).double(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
@@ -369,7 +519,7 @@ def test_a_neuron_that_never_changes_is_free_with_a_bias():
     assert found.removed == [3]
     assert found.refits[0].error < 1e-12
     torch.testing.assert_close(found.refits[0].bias_O, 5 * weight_OI[:, 3], rtol=1e-9, atol=1e-9)
-    assert refit(replace(one, bias_O=None), found.columns, DAMPING).error > 1e-3
+    assert fit(replace(one, bias_O=None), found.columns).error > 1e-3
 
 
 def test_a_layer_without_a_bias_is_not_given_one():
@@ -392,7 +542,7 @@ def test_a_bias_stays_as_it_is_where_no_mean_is_given():
 
 def test_a_refit_of_any_columns_is_least_squares():
     weight_OI, x_TI = weights(4, 8, 3), tokens(8, 3)
-    found = refit(stream(weight_OI, x_TI), [1, 4, 5], DAMPING)
+    found = fit(stream(weight_OI, x_TI), [1, 4, 5])
     expected_OK, _ = least_squares(weight_OI, damped(x_TI), [1, 4, 5])
     torch.testing.assert_close(found.weight_OK, expected_OK, rtol=1e-9, atol=1e-9)
 
@@ -412,9 +562,7 @@ def test_the_order_of_summation_may_move_the_bias_of_an_almost_constant_input_an
         for part_TI in x_TI.to(dtype).split(544):
             second_II.addmm_(part_TI.T, part_TI)
             total_I += part_TI.sum(0)
-        found = refit(
-            Stream("to_add_out", weight_OI.double(), second_II, bias_O, total_I, float(len(x_TI))), columns, DAMPING
-        )
+        found = fit(Stream("to_add_out", weight_OI.double(), second_II, bias_O, total_I, float(len(x_TI))), columns)
         assert found.bias_O is not None
         return found.weight_OK, found.bias_O, found.error
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from compressor_l1_norm import L1Norm
+from compressor_obs_diff import OBSDiff, groups
+from compressor_obs_diff.budget import curves
 from compressor_obs_diff.weightings import Uniform
 from safetensors.torch import load_file
 
@@ -21,7 +23,7 @@ from compressor.plan import plan
 from compressor.plugin import LayerResult, Removed
 from compressor.recipe import Recipe
 from compressor.run import run
-from compressor.structure import Component, find_groups, proof
+from compressor.structure import Component, consumers, find_groups, proof
 from tests import tiny
 
 HALF = {"heads": 0.5, "neurons": 0.5, "multiple": 8, "keep_first": 0, "keep_last": 0}
@@ -186,6 +188,68 @@ def test_obs_diff_loses_less_than_l1_norm_and_reports_what_it_loses(kind, tmp_pa
             assert row.error == pytest.approx(ours[row.name], rel=1e-2)
         else:
             assert row.error is None
+
+
+def solved(
+    kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
+    """What the pruner yields, and what it weighs beforehand, if so many problems may be solved together."""
+    together: list[int] = []
+    remove_together = groups.remove_together
+    monkeypatch.setattr(groups, "fitting_together", lambda inputs, streams, device: most)
+    monkeypatch.setattr(
+        groups,
+        "remove_together",
+        lambda problems, *rest: together.append(len(problems)) or remove_together(problems, *rest),
+    )
+    loaded = tiny.load(kind)
+    pruner = OBSDiff.model_validate({"granularity": {"structured": HALF}, "objective": "network", "spread": 0.25})
+    component = tiny.component(loaded)
+    planned = pruner.removals(component)
+    # so that not all lose as many
+    counts = {
+        group: count + i % 2 if group.kind == "neurons" else count for i, (group, count) in enumerate(planned.items())
+    }
+    choices = {group: (0, count) for group, count in counts.items()}
+    calibration = tiny.calibrate(loaded, packages=1)
+    (package,) = calibration.packages(consumers(counts), pruner.moments)
+    moments = calibration.collect(package, pruner.moments, pruner.weighting)
+    found = curves(pruner, planned, choices, package, moments)
+    results = list(groups.prune_groups(pruner, counts, package, moments))
+    assert not moments
+    assert max(together) == (1 if most == 1 else 2)
+    return found, results, {name: tensor.clone() for name, tensor in loaded.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])
+def test_solved_together_layers_are_as_solved_alone(kind, monkeypatch):
+    with monkeypatch.context() as patch:
+        curves_alone, results_alone, network_alone = solved(kind, 1, patch)
+    with monkeypatch.context() as patch:
+        curves_found, results, network = solved(kind, 2, patch)
+    for one, other in zip(curves_found, curves_alone, strict=True):
+        assert (one.name, one.choices) == (other.name, other.choices)
+        assert one.harms == pytest.approx(other.harms, rel=1e-9)
+    units = {each.group.name: each.units for each in results if isinstance(each, Removed)}
+    assert units == {each.group.name: each.units for each in results_alone if isinstance(each, Removed)}
+    errors = {each.name: each.error for each in results if isinstance(each, LayerResult)}
+    assert errors == pytest.approx({each.name: each.error for each in results_alone if isinstance(each, LayerResult)})
+    for name, tensor in network_alone.items():
+        torch.testing.assert_close(network[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_solved_together_has_one_shape_and_loses_similar_numbers(monkeypatch):
+    monkeypatch.setattr(groups, "fitting_together", lambda inputs, streams, device: 3)
+    loaded = tiny.load("sd3")
+    neurons = [group for group in find_groups(loaded.module, loaded.family) if group.kind == "neurons"]
+    heads = [group for group in find_groups(loaded.module, loaded.family) if group.kind == "heads"]
+    found = [[group] for group in (*neurons * 2, *heads)]
+    counts = dict(zip((*neurons, *heads), (9, 3, 5, 1, 1), strict=True))
+    batches = list(groups.batches(found, counts))
+    of_neurons = [[counts[group] for (group,) in batch] for batch in batches if batch[0][0].kind == "neurons"]
+    assert of_neurons == [[3, 3, 5], [5, 9, 9]]
+    assert all(len({(group.kind, len(group.consumers)) for (group,) in batch}) == 1 for batch in batches)
+    assert sum(len(batch) for batch in batches) == len(found)
 
 
 def test_a_half_precision_source_stays_so(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compressor_obs_diff import triangular
-from compressor_obs_diff.triangular import inverse_factor
+from compressor_obs_diff.triangular import inverse_factor, square
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,13 @@ def test_of_several_matrices_those_that_are_not_positive_definite_are_told_apart
     inverse_NII, info_N = inverse_factor(matrix_NII)
     assert (info_N != 0).tolist() == [False, True, False, True]
     torch.testing.assert_close(inverse_NII[[0, 2]], (torch.eye(21) / 2**0.5).repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 41])
+def test_squares_of_triangles_are_products_and_lie_where_they_are_wanted(size):
+    x_NII = torch.randn(3, size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).tril()
+    kept_NII, found_N2II = x_NII.clone(), torch.full((3, 2, size, size), 7.0, dtype=torch.float64)
+    square(x_NII, found_N2II[:, 0])
+    torch.testing.assert_close(found_N2II[:, 0], x_NII.mT @ x_NII, rtol=1e-12, atol=1e-12)
+    assert torch.equal(x_NII, kept_NII)
+    assert (found_N2II[:, 1] == 7).all()

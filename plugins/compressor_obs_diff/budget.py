@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressor_obs_diff.groups import rule, streams_of
-from compressor_obs_diff.removal import remove_greedily
+from compressor_obs_diff.greedy import Fusion
+from compressor_obs_diff.groups import batches, rule, streams_of
+from compressor_obs_diff.removal import Problem, Stream, costs_together
 
 if TYPE_CHECKING:
     from compressor.calibration import Moments, Package
@@ -66,20 +67,25 @@ def curves(
         CompressorError: if a Hessian is zero or not finite, or cannot be factorised.
     """
     inputs = {target.name: shared.name for shared in package.groups for target in shared.targets}
-    found = []
-    for group, numbers in choices.items():
-        if group.consumers[0].name not in inputs:
-            continue
-        streams = streams_of(options, group.consumers, inputs, moments)
-        columns_GD = group.columns(group.consumers[0], range(group.count)).view(group.count, group.width)
-        harms_R = torch.zeros(1, dtype=torch.float64)
-        if rule(options, streams) == "sum":  # else the network's output does not depend on it
-            device = streams[0].weight_OI.device
-            costs_RS = remove_greedily(streams, columns_GD.to(device), numbers[-1], options.damping, "sum").costs_RS
-            harms_R = torch.cat([harms_R, costs_RS.sum(1).cumsum(0)])
-        harms = tuple(harms_R[min(number, len(harms_R) - 1)].item() for number in numbers)
-        found.append(Curve(group.name, group.unit_weights, planned[group], numbers, harms))
-    return found
+    here = [[group] for group in choices if group.consumers[0].name in inputs]
+    most = {group: numbers[-1] for group, numbers in choices.items()}
+    harms: dict[Group, tuple[float, ...]] = {}
+    for batch in batches(here, most):
+        alike: dict[Fusion, list[tuple[Group, list[Stream]]]] = {}
+        for (group,) in batch:
+            streams = streams_of(options, group.consumers, inputs, moments)
+            alike.setdefault(rule(options, streams), []).append((group, streams))
+        for fusion, members in alike.items():
+            costs = [torch.zeros(0, 1, dtype=torch.float64)] * len(members)
+            if fusion == "sum":  # else the network's output does not depend on it
+                group = members[0][0]
+                columns_GD = group.columns(group.consumers[0], range(group.count)).view(group.count, group.width)
+                problems = [Problem(streams, most[group]) for group, streams in members]
+                costs = costs_together(problems, columns_GD, options.damping, "sum")
+            for (group, _), costs_RS in zip(members, costs, strict=True):
+                harms_R = torch.cat([torch.zeros(1, dtype=torch.float64), costs_RS.sum(1).cumsum(0)]).tolist()
+                harms[group] = tuple(harms_R[min(number, len(harms_R) - 1)] for number in choices[group])
+    return [Curve(group.name, group.unit_weights, planned[group], choices[group], harms[group]) for (group,) in here]
 
 
 def allocate(found: Sequence[Curve]) -> dict[str, int]:

@@ -4,23 +4,48 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compressor.plugin import LayerResult, Removed
+from compressor_obs_diff.greedy import Fusion
 from compressor_obs_diff.metric import INDEPENDENT, slopes_of
-from compressor_obs_diff.removal import Fusion, Refit, Stream, refit, remove_greedily
+from compressor_obs_diff.removal import Problem, Refit, Stream, fitting_together, refit_together, remove_together
 from compressor_obs_diff.solver import explain_damping
 
 if TYPE_CHECKING:
     from compressor.calibration import Moments, Package
     from compressor.structure import Group, Target
     from compressor_obs_diff import OBSDiff
+
+
+@dataclass
+class _Job:
+    """What reads the same heads and neurons, and what is known of it so far.
+
+    Attributes:
+        groups: heads or neurons that leave, one after the other.
+        dense: the layers that read them.
+        streams: the same without what has left.
+        columns: which of the dense layers' inputs are left.
+        units: which heads or neurons have left, by group.
+        fits: of `streams`.
+        dampings: of `dense`.
+    """
+
+    groups: Sequence[Group]
+    dense: list[Stream]
+    streams: list[Stream]
+    columns: list[int]
+    units: dict[Group, tuple[int, ...]]
+    fits: list[Refit]
+    dampings: list[float]
 
 
 @torch.no_grad()
@@ -30,7 +55,7 @@ def prune_groups(
     """Zeroes the columns of what leaves, in place, and refits the other columns and the bias.
 
     Groups that the same linears read (heads and neurons of a Flux single block) are removed one after the other, the
-    second in view of what the first has left, and refitted together.
+    second in view of what the first has left, and refitted together. On a GPU blocks of one shape are solved together.
 
     Args:
         options: objective, damping and fusion.
@@ -43,51 +68,90 @@ def prune_groups(
     for group in removals:
         if group.consumers[0].name in inputs:
             together.setdefault(tuple(target.name for target in group.consumers), []).append(group)
-    for groups in together.values():
+    for batch in batches(list(together.values()), removals):
         start = time.perf_counter()
+        jobs = [_begin(groups, streams_of(options, groups[0].consumers, inputs, moments)) for groups in batch]
+        _solve(options, jobs, removals)
+        for job in jobs:
+            for target, fitted in zip(job.groups[0].consumers, job.fits, strict=True):
+                _write(target, fitted, job.columns)
+                moments.pop(inputs[target.name])
+        seconds = (time.perf_counter() - start) / sum(len(job.dense) for job in jobs)
+        for job in jobs:
+            for group in job.groups:
+                yield Removed(group, job.units[group])
+            readers = job.groups[0].consumers
+            for target, fitted in zip(readers, job.fits, strict=True):
+                notes = explain_damping(fitted.damping, options.damping)
+                if options.objective == "network" and rule(options, job.dense) != "sum":
+                    notes += (INDEPENDENT,)
+                if options.fusion == "rank_fusion" and len(readers) == 1:
+                    notes += ("fusion rank_fusion has no effect here: no other layer reads what left",)
+                yield LayerResult(target.name, fitted.error, fitted.damping, seconds, notes)
+
+
+def batches(found: Sequence[Sequence[Group]], counts: Mapping[Group, int]) -> Iterator[list[Sequence[Group]]]:
+    """What is solved together: what has one shape, as much as fits.
+
+    Args:
+        found: groups by those who read them.
+        counts: how many heads or neurons leave, by group. Similar ones come together, since all that is solved together
+            takes as long as the most.
+    """
+    alike: dict[object, list[Sequence[Group]]] = {}
+    for groups in found:
         readers = groups[0].consumers
-        streams = streams_of(options, readers, inputs, moments)
-        units, columns, fits = _choose(options, streams, groups, removals)
-        for group in groups:
-            yield Removed(group, units[group])
-        seconds = time.perf_counter() - start
-        for target, fitted in zip(readers, fits, strict=True):
-            _write(target, fitted, columns)
-            moments.pop(inputs[target.name])
-            notes = explain_damping(fitted.damping, options.damping)
-            if options.objective == "network" and rule(options, streams) != "sum":
-                notes += (INDEPENDENT,)
-            if options.fusion == "rank_fusion" and len(readers) == 1:
-                notes += ("fusion rank_fusion has no effect here: no other layer reads what left",)
-            yield LayerResult(target.name, fitted.error, fitted.damping, seconds / len(readers), notes)
+        places = tuple((group.start, group.count, group.width) for group in groups)
+        alike.setdefault((readers[0].inputs, len(readers), places), []).append(groups)
+    for members in alike.values():
+        readers = members[0][0].consumers
+        members.sort(key=lambda groups: [counts[group] for group in groups])
+        while members:
+            most = fitting_together(readers[0].inputs, len(readers), readers[0].module.weight.device)
+            number = -(-len(members) // -(-len(members) // most))  # of batches as equal as can be
+            yield members[:number]
+            del members[:number]
 
 
-def _choose(
-    options: OBSDiff, dense: Sequence[Stream], groups: Sequence[Group], removals: Mapping[Group, int]
-) -> tuple[dict[Group, tuple[int, ...]], list[int], list[Refit]]:
-    """The units that leave, by group, the columns that stay, and what each stream's weights there become."""
-    units: dict[Group, tuple[int, ...]] = {}
-    fits: list[Refit] = []
-    columns = list(range(dense[0].weight_OI.shape[1]))
-    streams = list(dense)
-    for group in groups:
-        place = {column: i for i, column in enumerate(columns)}
-        wide = group.columns(group.consumers[0], range(group.count)).tolist()
-        groups_GD = torch.tensor([place[column] for column in wide]).view(group.count, group.width)
-        found = remove_greedily(
-            streams,
-            groups_GD.to(dense[0].weight_OI.device),
-            removals[group],
-            options.damping,
-            rule(options, dense),
-        )
-        units[group] = tuple(sorted(found.removed))
-        fits = found.refits
-        streams = [_rest(stream, found.columns, fitted) for stream, fitted in zip(streams, fits, strict=True)]
-        columns = [columns[i] for i in found.columns]
-    if len(groups) > 1:  # errors are to be against the dense weights
-        fits = [refit(stream, columns, options.damping) for stream in dense]
-    return units, columns, fits
+def _begin(groups: Sequence[Group], streams: list[Stream]) -> _Job:
+    return _Job(groups, streams, streams, list(range(streams[0].weight_OI.shape[1])), {}, [], [])
+
+
+def _solve(options: OBSDiff, jobs: Sequence[_Job], removals: Mapping[Group, int]) -> None:
+    """Decides which units of each group leave, and what the layers become. All jobs have as many groups."""
+    for stage in range(len(jobs[0].groups)):
+        alike: dict[object, list[_Job]] = {}
+        for job in jobs:
+            key = (rule(options, job.dense), len(job.columns), tuple(_places(job, stage).flatten().tolist()))
+            alike.setdefault(key, []).append(job)
+        for members in alike.values():
+            found = remove_together(
+                [Problem(job.streams, removals[job.groups[stage]]) for job in members],
+                _places(members[0], stage),
+                options.damping,
+                rule(options, members[0].dense),
+            )
+            for job, each in zip(members, found, strict=True):
+                job.units[job.groups[stage]] = tuple(sorted(each.removed))
+                job.fits = each.refits
+                job.dampings = job.dampings or [fitted.damping for fitted in each.refits]
+                job.columns = [job.columns[i] for i in each.columns]
+                if stage < len(job.groups) - 1:
+                    pairs = zip(job.streams, each.refits, strict=True)
+                    job.streams = [_rest(stream, each.columns, fitted) for stream, fitted in pairs]
+    if len(jobs[0].groups) > 1:  # errors are to be against the dense weights
+        streams = [stream for job in jobs for stream in job.dense]
+        dampings = [damping for job in jobs for damping in job.dampings]
+        fits = iter(refit_together(streams, [job.columns for job in jobs for _ in job.dense], dampings))
+        for job in jobs:
+            job.fits = list(itertools.islice(fits, len(job.dense)))
+
+
+def _places(job: _Job, stage: int) -> Tensor:
+    """Where the inputs of each unit are among those left, G x D."""
+    group = job.groups[stage]
+    wide = group.columns(group.consumers[0], range(group.count))
+    return torch.searchsorted(torch.tensor(job.columns), wide).view(group.count, group.width)
 
 
 def streams_of(

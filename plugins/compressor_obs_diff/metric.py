@@ -39,14 +39,6 @@ def slopes_of(gradients: Gradients) -> Tensor | None:
     return metric_BKK * (gradients.second_BKK.diagonal(dim1=1, dim2=2).mean() / gradients.tokens)
 
 
-def root_times(metric_BKK: Tensor, x_OI: Tensor) -> Tensor:
-    """R X (O x I), in X's dtype, with R^T R the metric, which need be positive semidefinite only."""
-    blocks, width, _ = metric_BKK.shape
-    values_BK, vectors_BKK = torch.linalg.eigh(metric_BKK.to(x_OI.dtype))
-    turned_BKI = vectors_BKK.mT @ x_OI.reshape(blocks, width, -1)
-    return (values_BK.clamp(min=0).sqrt()[:, :, None] * turned_BKI).reshape(x_OI.shape)
-
-
 def diagonal(metric_BKK: Tensor) -> Tensor:
     """Its O elements."""
     return metric_BKK.diagonal(dim1=1, dim2=2).reshape(-1)

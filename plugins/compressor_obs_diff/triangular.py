@@ -52,3 +52,23 @@ def _fill(matrix_NII: Tensor, inverse_NII: Tensor, base: int, infos: list[Tensor
     (rest_NII.addmm_ if rest_NII.dim() == 2 else rest_NII.baddbmm_)(lower, lower.mT, alpha=-1)
     _fill(rest_NII, second_NII, base, infos)
     torch.matmul(second_NII, lower @ first_NII, out=inverse_NII[..., half:, :half]).neg_()
+
+
+def square(inverse_NII: Tensor, out_NII: Tensor) -> None:
+    """X^T X of lower triangles X, by halves: a third of the operations of a product. With X = L^-1 it is the inverse.
+
+    Args:
+        inverse_NII: not changed.
+        out_NII: is written to, both triangles; may have any strides, but for the last.
+    """
+    size = inverse_NII.shape[-1]
+    if size <= 2 * (GPU_BASE if inverse_NII.is_cuda else BASE):
+        torch.bmm(inverse_NII.mT, inverse_NII, out=out_NII)
+        return
+    half = size // 2
+    low_NII, second_NII = inverse_NII[:, half:, :half], inverse_NII[:, half:, half:]
+    square(inverse_NII[:, :half, :half], out_NII[:, :half, :half])
+    out_NII[:, :half, :half].baddbmm_(low_NII.mT, low_NII)
+    square(second_NII, out_NII[:, half:, half:])
+    torch.bmm(second_NII.mT, low_NII, out=out_NII[:, half:, :half])
+    out_NII[:, :half, half:] = out_NII[:, half:, :half].mT
