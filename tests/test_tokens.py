@@ -1,6 +1,6 @@
 """Drawing a share of the tokens: one of every stretch, the same for all inputs of a forward, right on average."""
 
-# Shapes: B samples, T tokens, I inputs.
+# Shapes: K tokens drawn.
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ from tests import tiny
 from tests.test_moments import Growing
 
 
-def numbered(samples: int, tokens: int) -> torch.Tensor:
-    """An input that says of every token which it is."""
-    return torch.arange(samples * tokens, dtype=torch.float64).reshape(samples, tokens, 1)
+def empty(samples: int, tokens: int) -> torch.Tensor:
+    """An input of which only the shape matters."""
+    return torch.empty(samples, tokens, 1)
+
+
+def drawn(draws: Tokens, samples: int, tokens: int) -> torch.Tensor:
+    """The places of the tokens drawn."""
+    place_K, _ = draws.draw(empty(samples, tokens))
+    assert place_K is not None
+    return place_K
 
 
 @pytest.mark.parametrize(("tokens", "share", "expected"), [(16, 0.25, 4), (10, 0.3, 3), (7, 0.5, 4), (9, 0.01, 1)])
@@ -27,10 +34,11 @@ def test_one_token_is_drawn_of_every_stretch_of_every_sample(tokens, share, expe
     draws = Tokens(share, 0)
     for _ in range(50):
         draws.next_forward()
-        drawn, each = draws.draw(numbered(3, tokens))
+        place_K, each = draws.draw(empty(3, tokens))
+        assert place_K is not None
         assert each == tokens / expected
         for sample in range(3):
-            places = drawn[sample * expected : (sample + 1) * expected, 0] - sample * tokens
+            places = place_K[sample * expected : (sample + 1) * expected] - sample * tokens
             for i, place in enumerate(places.tolist()):
                 assert int(i * each) <= place < (i + 1) * each
 
@@ -41,29 +49,27 @@ def test_every_token_is_drawn_as_often_as_any_other(tokens, share):
     draws, counts, turns = Tokens(share, 1), torch.zeros(tokens), 4000
     for _ in range(turns):
         draws.next_forward()
-        drawn, each = draws.draw(numbered(1, tokens))
-        counts += torch.bincount(drawn[:, 0].long(), minlength=tokens) * each
+        place_K, each = draws.draw(empty(1, tokens))
+        assert place_K is not None
+        counts += torch.bincount(place_K, minlength=tokens) * each
     assert (counts / turns - 1).abs().max() < 0.1
 
 
 def test_inputs_of_one_length_get_the_same_tokens_until_the_next_forward():
     draws = Tokens(0.25, 0)
-    first, _ = draws.draw(numbered(2, 64))
-    assert torch.equal(draws.draw(numbered(2, 64))[0], first)
-    other, _ = draws.draw(numbered(2, 32))
-    assert len(other) == 16
+    first = drawn(draws, 2, 64)
+    assert torch.equal(drawn(draws, 2, 64), first)
+    assert len(drawn(draws, 2, 32)) == 16
     draws.next_forward()
-    assert not torch.equal(draws.draw(numbered(2, 64))[0], first)
-    assert torch.equal(Tokens(0.25, 0).draw(numbered(2, 64))[0], first)
-    assert not torch.equal(Tokens(0.25, 1).draw(numbered(2, 64))[0], first)
+    assert not torch.equal(drawn(draws, 2, 64), first)
+    assert torch.equal(drawn(Tokens(0.25, 0), 2, 64), first)
+    assert not torch.equal(drawn(Tokens(0.25, 1), 2, 64), first)
 
 
-@pytest.mark.parametrize("x", [numbered(2, 8), torch.ones(5, 3), torch.ones(2, 1, 3)], ids=lambda x: str(x.shape))
+@pytest.mark.parametrize("x", [empty(2, 8), torch.ones(5, 3), torch.ones(2, 1, 3)], ids=lambda x: str(x.shape))
 def test_all_tokens_and_inputs_without_tokens_are_taken_as_they_are(x):
     share = 1.0 if x.shape[1] == 8 else 0.25
-    drawn, each = Tokens(share, 0).draw(x)
-    assert drawn is x
-    assert each == 1
+    assert Tokens(share, 0).draw(x) == (None, 1)
 
 
 def collected(kind: MomentKind, **options: Any) -> tuple[dict, int]:

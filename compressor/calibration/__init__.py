@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from compressor.calibration import gathering, sampling
+from compressor.calibration import gathering, kernels, sampling
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
@@ -164,6 +164,9 @@ class Calibration:
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
             self._warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
+        slow = kernels.note(self._pipeline.device, self._pipeline.dtype)
+        if slow is not None:
+            self._warn(slow)
         batches = math.ceil(prompts / options.batch)
         if batches < self._ranks.count:
             self._warn(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.calibration.moments import add_products, finite
+from compressor.calibration import kernels
+from compressor.calibration.moments import add_products, finite, mirror
 
 BLOCK = 2048
 """The most outputs whose gradients are multiplied with one another: the cost of all of them grows with their square, of
@@ -24,11 +25,13 @@ class Gradients:
         second_BKK: sum of g g^T within each block of outputs, float32.
         tokens: how many tokens were summed; an integer tensor, so that no GPU is waited for.
         skipped: how many had an infinite or undefined entry and were left out; likewise.
+        halved: whether the blocks are right on and below their diagonals only, until `finish`.
     """
 
     second_BKK: Tensor
     tokens: Tensor
     skipped: Tensor
+    halved: bool = False
 
     @classmethod
     def empty(cls, outputs: int, device: torch.device) -> Gradients:
@@ -43,12 +46,28 @@ class Gradients:
         Args:
             gradient: ... x O, in any floating-point dtype; not changed.
         """
+        width = self.second_BKK.shape[-1]
+        kernel = kernels.of(gradient)
+        if kernel is not None:
+            found = kernel.read(gradient.reshape(-1, gradient.shape[-1]), None, total=False, squares=False)
+            kernel.settle(found, kernel.Sums(self.tokens, self.skipped), 1.0)
+            for block, second_KK in enumerate(self.second_BKK):
+                kernel.multiply(second_KK, found, 1.0, first=block * width)
+            self.halved = True
+            return
         g_TO, good_T = finite(gradient)
         good = good_T.sum()
         self.tokens.add_(good)
         self.skipped.add_(len(g_TO) - good)
-        for second_KK, g_TK in zip(self.second_BKK, g_TO.split(self.second_BKK.shape[-1], dim=1), strict=True):
+        for second_KK, g_TK in zip(self.second_BKK, g_TO.split(width, dim=1), strict=True):
             second_KK.copy_(add_products(second_KK, g_TK, 1.0))
+
+    def finish(self) -> None:
+        """Completes the blocks."""
+        if self.halved:
+            for second_KK in self.second_BKK:
+                mirror(second_KK)
+        self.halved = False
 
 
 def blocks_of(outputs: int) -> tuple[int, int]:

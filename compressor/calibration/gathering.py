@@ -54,8 +54,8 @@ def watch(
     def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             with meter.block():
-                drawn, each = tokens.draw(args[0].detach())
-                moments[group.name].add(drawn, weight * each)
+                place_K, each = tokens.draw(args[0])
+                moments[group.name].add(args[0].detach(), weight * each, place_K)
 
         return hook
 

@@ -1,6 +1,6 @@
 """Accumulates moments of what layers are fed, one set for all layers that share an input."""
 
-# Shapes: T tokens, I inputs.
+# Shapes: T tokens, K of them taken, I inputs.
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from compressor.calibration import kernels
 
 if TYPE_CHECKING:
     from compressor.calibration.curvature import Gradients
@@ -27,6 +29,7 @@ class Moments:
         weight: sum of a_t over the tokens that were summed, float64: `total_I` over it is the inputs' mean.
         gradients: for each layer that reads the input, second moments of the gradients at its outputs; empty unless
             they were asked for.
+        halved: whether `second_II` is right on and below its diagonal only, until `finish`.
     """
 
     squares_I: Tensor
@@ -36,6 +39,7 @@ class Moments:
     skipped: Tensor
     weight: Tensor
     gradients: dict[str, Gradients] = field(default_factory=dict)
+    halved: bool = False
 
     @classmethod
     def empty(cls, inputs: int, second: bool, device: torch.device) -> Moments:
@@ -50,7 +54,7 @@ class Moments:
             weight=torch.zeros((), dtype=torch.float64, device=device),
         )
 
-    def add(self, x: Tensor, weight: float) -> None:
+    def add(self, x: Tensor, weight: float, place_K: Tensor | None = None) -> None:
         """Adds the tokens of one forward.
 
         The weight enters through the products' factor and never through x, which a half-precision dtype would round.
@@ -58,8 +62,21 @@ class Moments:
         Args:
             x: ... x I, in any floating-point dtype; not changed.
             weight: a_t of the step.
+            place_K: which tokens, counted over all samples; all if None.
         """
-        x_TI, good_T = finite(x)
+        x_TI = x.reshape(-1, x.shape[-1])
+        kernel = kernels.of(x_TI)
+        if kernel is not None:
+            squares_I = self.squares_I if self.second_II is None else None
+            sums = kernel.Sums(self.tokens, self.skipped, self.weight, self.total_I, squares_I)
+            found = kernel.read(x_TI, place_K, total=True, squares=squares_I is not None)
+            if self.second_II is None:
+                kernel.settle(found, sums, weight)
+            else:
+                kernel.multiply(self.second_II, found, weight, sums)
+                self.halved = True
+            return
+        x_TI, good_T = finite(x_TI if place_K is None else x_TI.index_select(0, place_K))
         good = good_T.sum()
         self.tokens.add_(good)
         self.skipped.add_(len(x_TI) - good)
@@ -71,10 +88,24 @@ class Moments:
         self.second_II = add_products(self.second_II, x_TI, weight)
 
     def finish(self) -> Moments:
-        """Takes the sum of squares from the second moment's diagonal, where there is one."""
+        """Completes the second moments, and takes the sum of squares from their diagonal, where there are any."""
         if self.second_II is not None:
+            if self.halved:
+                mirror(self.second_II)
             self.squares_I = self.second_II.diagonal().clone()
+        for found in self.gradients.values():
+            found.finish()
+        self.halved = False
         return self
+
+
+def mirror(matrix_II: Tensor) -> None:
+    """Copies what lies below the diagonal to above it, in place and without a second matrix."""
+    for start in range(0, len(matrix_II), 1024):
+        block = slice(start, start + 1024)
+        matrix_II[block, start + 1024 :] = matrix_II[start + 1024 :, block].T
+        square = matrix_II[block, block]
+        square.copy_(square.tril() + square.tril(-1).T)
 
 
 def finite(x: Tensor) -> tuple[Tensor, Tensor]:

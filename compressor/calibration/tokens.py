@@ -30,7 +30,7 @@ class Tokens:
         """From now on other tokens are drawn."""
         self._places.clear()
 
-    def draw(self, x: Tensor) -> tuple[Tensor, float]:
+    def draw(self, x: Tensor) -> tuple[Tensor | None, float]:
         """Some of an input's tokens, and how many tokens each of them stands for.
 
         Sums over them, times that number, have the sums over all as their expectation.
@@ -39,15 +39,14 @@ class Tokens:
             x: B x ... x I; the axes between are a sample's tokens. Not changed.
 
         Returns:
-            K x I and T / N, or x itself and 1 where all tokens are taken. N is the whole number nearest to the share
-            of T, at least 1.
+            The drawn tokens' places among those of all samples, K, and T / N; None and 1 where all tokens are taken. N
+            is the whole number nearest to the share of T, at least 1.
         """
         samples = x.shape[0]
-        x_TI = x.reshape(-1, x.shape[-1])
-        tokens = len(x_TI) // max(samples, 1)
+        tokens = x.shape[:-1].numel() // max(samples, 1)
         drawn = max(1, round(self._share * tokens))
         if x.dim() < 3 or drawn >= tokens:
-            return x, 1.0
+            return None, 1.0
         place_K = self._places.get((samples, tokens))
         if place_K is None:
             within_BN = torch.rand(samples, drawn, generator=self._generator, dtype=torch.float64)
@@ -55,4 +54,4 @@ class Tokens:
             place_K = (place_BN + tokens * torch.arange(samples)[:, None]).flatten()
             place_K = place_K.to(x.device, non_blocking=True)  # in order with the rest of a GPU's work, not waited for
             self._places[samples, tokens] = place_K
-        return x_TI.index_select(0, place_K), tokens / drawn
+        return place_K, tokens / drawn

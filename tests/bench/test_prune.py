@@ -107,9 +107,9 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
     seen: dict[str, int] = {"add": 0, "prune_package": 0}
     add, prune_package = Moments.add, layers.prune_package
 
-    def watched_add(self, x, weight):
+    def watched_add(self, x, weight, place_K):
         seen["add"] += 1
-        add(self, x, weight)
+        add(self, x, weight, place_K)
 
     def watched_prune(options, package, moments, zeros):
         seen["prune_package"] += 1

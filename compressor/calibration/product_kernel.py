@@ -1,0 +1,357 @@
+"""Sums of half-precision inputs on a GPU by two Triton kernels: one reads them, one multiplies half of x^T x.
+
+Nothing is added up in an order that could differ from run to run: the same inputs give the same bytes.
+"""
+
+# Shapes: T tokens, K of them taken and padded, P programs of R tokens that read, C columns of a program, I inputs;
+#         M x N a tile of the product, D tokens of it at a time, S stretches of the tokens.
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportInvalidTypeForm=false
+# (of a kernel: it is launched with more than its arguments, and its annotations are triton's)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PADDING = 128
+"""Tokens are taken in multiples of this many, so that every step of a kernel is whole."""
+
+STRETCH = 1024
+"""The fewest tokens that are multiplied by themselves where the tiles of a product are too few for a GPU."""
+
+COLUMNS = 64
+"""Of the sums, that one program adds up."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut up.
+
+    Attributes:
+        tall: rows of a tile.
+        wide: columns of a tile.
+        depth: tokens multiplied at a time; divides `PADDING`.
+        group: rows of tiles that are gone through side by side, for the cache.
+        warps: that share a tile.
+        stages: of the pipeline that loads what is multiplied next.
+    """
+
+    tall: int
+    wide: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the first kernel found.
+
+    Attributes:
+        x_TI: what was read.
+        taken: how many of its tokens.
+        row_K: which, as rows of `x_TI`, padded; -1 for those that are not finite and for the padding.
+        bad_P: how many of each program's tokens were not finite.
+        total_PI: sum of each program's finite tokens, float32.
+        squares_PI: of their squares; None if they were not asked for.
+    """
+
+    x_TI: Tensor
+    taken: int
+    row_K: Tensor
+    bad_P: Tensor
+    total_PI: Tensor | None
+    squares_PI: Tensor | None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a reading is added to.
+
+    Attributes:
+        tokens: int64, counts those that were summed.
+        skipped: int64, counts those that were not finite.
+        weight: float64, sum of the weights; None where there is none.
+        total_I: float32, weighted sum of the tokens; None likewise.
+        squares_I: float32, of their squares; None likewise.
+    """
+
+    tokens: Tensor
+    skipped: Tensor
+    weight: Tensor | None = None
+    total_I: Tensor | None = None
+    squares_I: Tensor | None = None
+
+
+def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Reading:
+    """Finds the tokens that are not finite, and sums the others of each program, in one pass.
+
+    Args:
+        x_TI: float16 or bfloat16; not changed.
+        place_K: the rows to take, int64; all if None.
+        total: whether to sum the tokens.
+        squares: whether to sum their squares, with `total` only.
+    """
+    assert total or not squares
+    x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+    taken, inputs = len(x_TI) if place_K is None else len(place_K), x_TI.shape[1]
+    padded = -(-taken // PADDING) * PADDING
+    rows = 8 if padded <= 4096 else 32
+    programs, unit = padded // rows, _unit(x_TI)
+    found = Reading(
+        x_TI,
+        taken,
+        torch.empty(padded, dtype=torch.int32, device=x_TI.device),
+        torch.empty(programs, dtype=torch.int32, device=x_TI.device),
+        torch.empty(programs, inputs, device=x_TI.device) if total else None,
+        torch.empty(programs, inputs, device=x_TI.device) if squares else None,
+    )
+    if programs:
+        with torch.cuda.device_of(x_TI):
+            _read[(programs,)](
+                *(x_TI, x_TI.stride(0) // unit, inputs // unit, place_K, taken),
+                *(found.row_K, found.bad_P, found.total_PI, found.squares_PI),
+                UNIT=unit,
+                R=rows,
+                C=4096 // rows,
+                num_warps=4,
+            )
+    return found
+
+
+def settle(found: Reading, sums: Sums, weight: float) -> None:
+    """Counts what was read and adds up what was summed, weighted."""
+    programs = 1 if found.total_PI is None else -(-found.x_TI.shape[1] // COLUMNS)
+    with torch.cuda.device_of(found.x_TI):
+        _settle_alone[(programs,)](*_arguments(found, sums), weight, C=COLUMNS)
+
+
+def multiply(
+    second_II: Tensor,
+    found: Reading,
+    weight: float,
+    sums: Sums | None = None,
+    first: int = 0,
+    tiling: Tiling | None = None,
+    stretches: int | None = None,
+) -> None:
+    """Adds weight x^T x on and below the diagonal; what lies above it is left undefined.
+
+    Args:
+        second_II: float32 and contiguous.
+        found: the tokens.
+        weight: the factor of the product.
+        sums: does what `settle` does for these, without a launch of its own.
+        first: the input that is the product's first, where it is of some of the inputs only.
+        tiling: None for the table's.
+        stretches: into how many the tokens are cut, to be added in order; None for what fills the GPU.
+    """
+    inputs, padded = len(second_II), len(found.row_K)
+    assert second_II.is_contiguous()
+    x_TI = found.x_TI[:, first : first + inputs]
+    tiling = tiling or tiling_of(inputs, x_TI.device)
+    stretches = stretches or stretches_of(inputs, padded, tiling, x_TI.device)
+    each = -(-padded // (stretches * PADDING)) * PADDING
+    tiles = -(-inputs // tiling.tall) * -(-inputs // tiling.wide)
+    further = 0 if sums is None else -(-inputs // COLUMNS)
+    unit = _unit(x_TI)
+    with torch.cuda.device_of(x_TI):
+        out = second_II if stretches == 1 else torch.empty(stretches, inputs, inputs, device=x_TI.device)
+        _multiply[(tiles + further, stretches)](
+            *(x_TI, x_TI.stride(0) // unit, inputs // unit, found.row_K, padded, each, out),
+            *((None,) * 11 if sums is None else _arguments(found, sums)),
+            weight,
+            ADD=stretches == 1,
+            UNIT=unit,
+            M=tiling.tall,
+            N=tiling.wide,
+            D=tiling.depth,
+            GROUP=tiling.group,
+            C=COLUMNS,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )
+        if stretches > 1:
+            blocks = -(-inputs // 64)
+            _add[(blocks, blocks)](second_II, out, stretches, inputs, weight, M=64)
+
+
+def tiling_of(inputs: int, device: torch.device) -> Tiling:
+    """The tiles for a product of that width on a GPU: measured on Hopper, small enough for all others."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return SMALL
+    return next(tiling for widest, tiling in TABLE if inputs <= widest)
+
+
+SMALL = Tiling(128, 128, 32, 8, 8, 3)
+TABLE = ((2048, Tiling(128, 128, 64, 8, 8, 4)), (float("inf"), Tiling(128, 128, 64, 8, 8, 4)))
+
+
+def stretches_of(inputs: int, padded: int, tiling: Tiling, device: torch.device) -> int:
+    """Into how many stretches so many tokens are cut: enough to keep a GPU busy, but none of them short."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    tall, wide = -(-inputs // tiling.tall), -(-inputs // tiling.wide)
+    return max(1, min(2 * processors // (tall * (wide + 1)), padded // STRETCH))
+
+
+def _unit(x_TI: Tensor) -> int:
+    """What the width and the stride are multiples of, up to 8 elements: 16 bytes can then be loaded at once."""
+    together = x_TI.shape[1] | x_TI.stride(0) | 8
+    return together & -together
+
+
+def _arguments(found: Reading, sums: Sums) -> tuple[Tensor | int | None, ...]:
+    return (
+        *(found.bad_P, len(found.bad_P), found.taken, found.total_PI, found.squares_PI, found.x_TI.shape[1]),
+        *(sums.tokens, sums.skipped, sums.weight, sums.total_I, sums.squares_I),
+    )
+
+
+@triton.jit(do_not_specialize=["stride", "width", "taken"])
+def _read(
+    x, stride, width, places, taken, rows, bads, totals, squares,
+    UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    inputs = width * UNIT
+    token_R = program * R + tl.arange(0, R)
+    there_R = token_R < taken
+    row_R = token_R
+    if places is not None:
+        row_R = tl.load(places + token_R, mask=there_R, other=0).to(tl.int32)
+    x_R = x + row_R.to(tl.int64) * (stride * UNIT)
+    bad_RC = tl.zeros((R, C), tl.int32)
+    for start in range(0, inputs, C):
+        column_C = start + tl.arange(0, C)
+        x_RC = tl.load(x_R[:, None] + column_C, mask=there_R[:, None] & (column_C < inputs), other=0).to(tl.float32)
+        bad_RC |= tl.where(tl.abs(x_RC) < float("inf"), 0, 1)
+        _store_sums(x_RC, program, column_C, inputs, totals, squares)
+    bad_R = tl.max(bad_RC, axis=1)
+    bad = tl.sum(bad_R)
+    tl.store(bads + program, bad)
+    good_R = there_R & (bad_R == 0)
+    tl.store(rows + token_R, tl.where(good_R, row_R, -1))
+    if totals is not None:
+        if bad > 0:  # rare: once more, without them
+            for start in range(0, inputs, C):
+                column_C = start + tl.arange(0, C)
+                x_RC = tl.load(x_R[:, None] + column_C, mask=good_R[:, None] & (column_C < inputs), other=0)
+                _store_sums(x_RC.to(tl.float32), program, column_C, inputs, totals, squares)
+
+
+@triton.jit
+def _store_sums(x_RC, program, column_C, inputs, totals, squares):
+    at_C = program.to(tl.int64) * inputs + column_C
+    if totals is not None:
+        tl.store(totals + at_C, tl.sum(x_RC, axis=0), mask=column_C < inputs)
+    if squares is not None:
+        tl.store(squares + at_C, tl.sum(x_RC * x_RC, axis=0), mask=column_C < inputs)
+
+
+@triton.jit(do_not_specialize=["programs", "taken", "inputs"])
+def _settle_alone(
+    bads, programs, taken, totals, squares, inputs,
+    tokens, skipped, weight_sum, total, square_sum, weight: tl.float64,
+    C: tl.constexpr,
+):  # fmt: skip
+    _settle(
+        tl.program_id(0), bads, programs, taken, totals, squares, inputs,
+        tokens, skipped, weight_sum, total, square_sum, weight, C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _settle(
+    part, bads, programs, taken, totals, squares, inputs,
+    tokens, skipped, weight_sum, total, square_sum, weight,
+    C: tl.constexpr,
+):  # fmt: skip
+    if part == 0:
+        bad_P = tl.zeros((256,), tl.int32)
+        for start in range(0, programs, 256):
+            program_P = start + tl.arange(0, 256)
+            bad_P += tl.load(bads + program_P, mask=program_P < programs, other=0)
+        bad = tl.sum(bad_P).to(tl.int64)
+        good = taken - bad
+        tl.store(tokens, tl.load(tokens) + good)
+        tl.store(skipped, tl.load(skipped) + bad)
+        if weight_sum is not None:
+            tl.store(weight_sum, tl.load(weight_sum) + tl.full((), weight, tl.float64) * good.to(tl.float64))
+    column_C = part * C + tl.arange(0, C)
+    if total is not None:
+        _add_sums(total, totals, programs, column_C, inputs, weight, C)
+    if square_sum is not None:
+        _add_sums(square_sum, squares, programs, column_C, inputs, weight, C)
+
+
+@triton.jit
+def _add_sums(sums, parts, programs, column_C, inputs, weight, C: tl.constexpr):
+    sum_PC = tl.zeros((64, C), tl.float32)
+    for start in range(0, programs, 64):
+        program_P = start + tl.arange(0, 64)
+        inside = (program_P < programs)[:, None] & (column_C < inputs)
+        sum_PC += tl.load(parts + program_P[:, None].to(tl.int64) * inputs + column_C, mask=inside, other=0)
+    old_C = tl.load(sums + column_C, mask=column_C < inputs)
+    tl.store(sums + column_C, old_C + tl.full((), weight, tl.float32) * tl.sum(sum_PC, axis=0), mask=column_C < inputs)
+
+
+@triton.jit(do_not_specialize=["stride", "width", "padded", "each", "programs", "taken", "inputs"])
+def _multiply(
+    x, stride, width, rows, padded, each, second,
+    bads, programs, taken, totals, squares, inputs,
+    tokens, skipped, weight_sum, total, square_sum, weight: tl.float64,
+    ADD: tl.constexpr, UNIT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    program, stretch = tl.program_id(0), tl.program_id(1)
+    side = width * UNIT
+    down, across = tl.cdiv(side, M), tl.cdiv(side, N)
+    if program < down * across:
+        # column by column through GROUP rows of tiles, so that those that run at once share what they load
+        before = program // (GROUP * across) * GROUP
+        high = tl.minimum(down - before, GROUP)
+        tall = before + program % (GROUP * across) % high
+        wide = program % (GROUP * across) // high
+        if wide * N < tall * M + M:  # not all above the diagonal
+            row_M, column_N = tall * M + tl.arange(0, M), wide * N + tl.arange(0, N)
+            out_MN = tl.zeros((M, N), tl.float32)
+            for start in range(stretch * each, tl.minimum(stretch * each + each, padded), D):
+                token_D = tl.load(rows + start + tl.arange(0, D))
+                good_D = token_D >= 0
+                x_D = x + token_D.to(tl.int64) * (stride * UNIT)
+                left_DM = tl.load(x_D[:, None] + row_M, mask=good_D[:, None] & (row_M < side), other=0)
+                right_DN = tl.load(x_D[:, None] + column_N, mask=good_D[:, None] & (column_N < side), other=0)
+                out_MN = tl.dot(tl.trans(left_DM), right_DN, out_MN)
+            inside = (row_M < side)[:, None] & (column_N < side)
+            at_MN = second + row_M[:, None].to(tl.int64) * side + column_N
+            if ADD:
+                out_MN = tl.load(at_MN, mask=inside) + tl.full((), weight, tl.float32) * out_MN
+            else:
+                at_MN += stretch.to(tl.int64) * side * side
+            tl.store(at_MN, out_MN, mask=inside)
+    elif bads is not None:
+        if stretch == 0:
+            _settle(
+                program - down * across, bads, programs, taken, totals, squares, inputs,
+                tokens, skipped, weight_sum, total, square_sum, weight, C,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["stretches"])
+def _add(second, parts, stretches, side, weight: tl.float64, M: tl.constexpr):
+    row_M, column_M = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * M + tl.arange(0, M)
+    if tl.program_id(1) <= tl.program_id(0):
+        inside = (row_M < side)[:, None] & (column_M <= row_M[:, None])  # the tiles above it were not made
+        at_MM = row_M[:, None].to(tl.int64) * side + column_M
+        sum_MM = tl.zeros((M, M), tl.float32)
+        for _ in range(stretches):
+            sum_MM += tl.load(parts + at_MM, mask=inside, other=0)
+            parts += side.to(tl.int64) * side
+        sum_MM = tl.load(second + at_MM, mask=inside) + tl.full((), weight, tl.float32) * sum_MM
+        tl.store(second + at_MM, sum_MM, mask=inside)

@@ -1,0 +1,136 @@
+"""The Triton kernels in Triton's interpreter, against float64.
+
+`test_product_kernel.py` runs this in a process of its own, as the interpreter is switched on before triton is imported.
+It multiplies no bfloat16.
+"""
+
+# Shapes: T tokens, K of them drawn, I inputs, O outputs.
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.calibration import Gradients, Moments, curvature, kernels, product_kernel
+from compressor.calibration.product_kernel import Reading, Tiling, multiply, read
+from tests.test_moments import assert_near, explicit
+
+CPU = torch.device("cpu")
+WEIGHT = 1.0 + 2.0**-30  # 1 in float32
+TILINGS = [Tiling(32, 32, 16, 2, 4, 3), Tiling(16, 64, 32, 1, 4, 3), Tiling(64, 16, 16, 3, 4, 3)]
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(kernels, "of", lambda x: product_kernel if x.dtype in kernels.HALF else None)
+    monkeypatch.setattr(product_kernel, "tiling_of", lambda *_: TILINGS[0])
+
+
+def half(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).half()
+
+
+@pytest.mark.parametrize("inputs", [1, 24, 77])
+@pytest.mark.parametrize("drawn", [None, 50])
+@pytest.mark.parametrize("second", [True, False])
+def test_moments_are_those_that_explicit_sums_give(inputs, drawn, second):
+    x = half(3, 67, inputs)
+    rows_TI = x.flatten(0, 1)
+    for token, value in ((0, "nan"), (31, "inf"), (32, "-inf"), (200, "nan")):
+        rows_TI[token, token % inputs] = float(value)
+    place_K = None if drawn is None else torch.randperm(201, generator=torch.Generator().manual_seed(1))[:drawn]
+    taken_KI = rows_TI if place_K is None else rows_TI[place_K]
+    good_KI = taken_KI[taken_KI.isfinite().all(1)]
+    before = x.clone()
+    moments = Moments.empty(inputs, second, CPU)
+    for weight in (0.8, WEIGHT):
+        moments.add(x, weight, place_K)
+    moments.finish()
+    second_II, total_I, squares_I = explicit([good_KI, good_KI], [0.8, WEIGHT])
+    assert_near(moments.total_I, total_I)
+    assert_near(moments.squares_I, squares_I)
+    assert (moments.second_II is not None) == second
+    if moments.second_II is not None:
+        assert_near(moments.second_II, second_II)
+        assert torch.equal(moments.second_II, moments.second_II.T)
+    assert int(moments.tokens) == 2 * len(good_KI)
+    assert int(moments.skipped) == 2 * (len(taken_KI) - len(good_KI))
+    assert moments.weight.item() == pytest.approx(len(good_KI) * (0.8 + WEIGHT), rel=1e-14)
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("stretches", [1, 2])
+def test_a_product_is_the_same_however_it_is_cut(tiling, stretches):
+    inputs = 100
+    x_TI = half(300, inputs)
+    found = read(x_TI, None, total=False, squares=False)
+    second_II = torch.ones(inputs, inputs)
+    multiply(second_II, found, 0.5, tiling=tiling, stretches=stretches)
+    expected_II = 1 + 0.5 * x_TI.double().T @ x_TI.double()
+    assert_near(second_II.tril(), expected_II.tril())
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (1, 24), (8, 1, 24)])
+def test_few_tokens_or_none_are_summed_as_any(shape):
+    x = half(*shape)
+    moments = Moments.empty(24, True, CPU)
+    moments.add(x, 2.0)
+    moments.finish()
+    second_II, total_I, _ = explicit([x], [2.0])
+    assert moments.second_II is not None
+    assert_near(moments.second_II, second_II)
+    assert_near(moments.total_I, total_I)
+    assert int(moments.tokens) == x.numel() // 24
+
+
+def test_many_tokens_and_wide_inputs_are_read_in_several_pieces():
+    """More than one program's rows, columns and partial sums."""
+    x_TI = half(4100, 300)
+    x_TI[4099, 299] = torch.nan
+    moments = Moments.empty(300, False, CPU)
+    moments.add(x_TI, 1.0)
+    assert_near(moments.total_I, x_TI[:-1].double().sum(0))
+    assert_near(moments.squares_I, x_TI[:-1].double().square().sum(0))
+    assert (int(moments.tokens), int(moments.skipped)) == (4099, 1)
+
+
+def test_inputs_that_do_not_lie_next_to_each_other_are_read_as_well():
+    for x_TI in (half(30, 50)[:, 7:31], half(24, 30).T, half(1, 24).expand(30, 24)):
+        moments = Moments.empty(24, True, CPU)
+        moments.add(x_TI, 1.0)
+        moments.finish()
+        assert moments.second_II is not None
+        assert_near(moments.second_II, explicit([x_TI], [1.0])[0])
+
+
+def test_bfloat16_is_read():
+    x_TI = half(40, 24).bfloat16()
+    x_TI[3, 23] = torch.inf
+    found: Reading = read(x_TI, None, total=True, squares=False)
+    assert found.row_K[:40].tolist() == [0, 1, 2, -1, *range(4, 40)]
+    assert set(found.row_K[40:].tolist()) == {-1}
+    assert int(found.bad_P.sum()) == 1
+    assert found.total_PI is not None
+    torch.testing.assert_close(found.total_PI.sum(0), torch.cat([x_TI[:3], x_TI[4:]]).float().sum(0))
+
+
+def test_gradients_are_multiplied_block_by_block(monkeypatch):
+    monkeypatch.setattr(curvature, "BLOCK", 40)
+    g_TO = half(2, 50, 72)
+    g_TO[1, 7, 3] = torch.inf
+    finite_TO = g_TO.flatten(0, 1)[[i for i in range(100) if i != 57]].double()
+    sums = Gradients.empty(72, CPU)
+    sums.add(g_TO)
+    sums.add(g_TO)
+    sums.finish()
+    assert sums.second_BKK.shape == (2, 36, 36)
+    for b, second_KK in enumerate(sums.second_BKK):
+        block_TK = finite_TO[:, 36 * b : 36 * b + 36]
+        assert_near(second_KK, 2 * block_TK.T @ block_TK)
+    assert (int(sums.tokens), int(sums.skipped)) == (198, 2)

@@ -1,0 +1,125 @@
+"""The kernels where there is no GPU: in Triton's interpreter, and what is said where they cannot be used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compressor.calibration import kernels, product_kernel
+from compressor.calibration.product_kernel import TABLE, Tiling
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def _no_answer_is_kept():
+    kernels.problem.cache_clear()
+    yield
+    kernels.problem.cache_clear()
+
+
+def test_in_the_interpreter_the_kernels_sum_as_float64_does():
+    file = Path(__file__).with_name("interpreted_product_kernel.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+
+
+@pytest.mark.usefixtures("_no_answer_is_kept")
+@pytest.mark.parametrize(
+    ("installed", "capability", "error", "reason"),
+    [
+        (False, (9, 0), None, "triton is not installed"),
+        (True, (7, 5), None, "they need compute capability 8.0, found 7.5"),
+        (True, (9, 0), RuntimeError("Failed to find C compiler.\nMore."), "triton failed: Failed to find C compiler."),
+    ],
+)
+def test_a_gpu_without_the_kernels_is_told_why(installed, capability, error, reason, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(kernels, "find_spec", lambda name: util.find_spec(name) if installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(kernels, "_module", fail)
+    assert kernels.note(GPU, torch.float16) == (
+        f"moments are summed by PyTorch, which costs a GPU several times as much as by kernels: {reason}"
+    )
+    assert kernels.note(GPU, torch.float32) is None
+    assert kernels.note(torch.device("cpu"), torch.float16) is None
+
+
+def test_a_calibration_passes_the_warning_on(monkeypatch):
+    monkeypatch.setattr(kernels, "note", lambda device, dtype: f"slow on {device} in {dtype}")
+    calibration = tiny.calibrate(tiny.load("sd3"))
+    assert "slow on cpu in torch.float32" in calibration.facts.warnings
+
+
+TYPES = {
+    "x": "*fp16",
+    "places": "*i64",
+    "second": "*fp32",
+    "parts": "*fp32",
+    "total": "*fp32",
+    "totals": "*fp32",
+    "squares": "*fp32",
+    "square_sum": "*fp32",
+    "tokens": "*i64",
+    "skipped": "*i64",
+    "weight_sum": "*fp64",
+    "weight": "fp64",
+    "rows": "*i32",
+    "bads": "*i32",
+}
+SUMS = ("bads", "totals", "squares", "tokens", "skipped", "weight_sum", "total", "square_sum")
+TILE = {"UNIT": 8, "M": 128, "N": 128, "D": 64, "GROUP": 8, "C": 64}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants", "absent", "stages"),
+    [
+        ("_read", {"UNIT": 8, "R": 8, "C": 512}, ("places", "totals", "squares"), 3),
+        ("_read", {"UNIT": 1, "R": 32, "C": 128}, (), 3),
+        ("_settle_alone", {"C": 64}, ("totals", "squares", "weight_sum", "total", "square_sum"), 3),
+        ("_settle_alone", {"C": 64}, (), 3),
+        ("_multiply", {**TILE, "ADD": True}, ("squares", "square_sum"), 5),
+        ("_multiply", {**TILE, "ADD": False}, SUMS, 5),
+        ("_add", {"M": 64}, (), 3),
+    ],
+)
+def test_every_kernel_is_compiled_for_hopper_and_the_product_for_its_tensor_cores(kernel, constants, absent, stages):
+    """Without a GPU, by the assembler that comes with triton; the interpreter lets pass what the compiler refuses."""
+    function = getattr(product_kernel, kernel)
+    names = function.arg_names
+    constants = constants | dict.fromkeys(absent)
+    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    source = ASTSource(
+        function,
+        types,
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
+    )
+    found = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "num_stages": stages})
+    assembly = found.asm["ptx"]
+    if kernel == "_multiply":
+        assert assembly.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") >= 2 * 64 // 16
+        assert "cp.async.cg.shared.global" in assembly  # loaded ahead, 16 bytes at once
+        assert "atom" not in assembly
+    elif kernel == "_read" and constants["UNIT"] == 8:
+        assert "ld.global.v4.b32" in assembly
+
+
+def test_every_width_has_a_tiling_whose_steps_are_whole():
+    assert TABLE[-1][0] == float("inf")
+    for _, tiling in TABLE:
+        assert isinstance(tiling, Tiling)
+        assert 128 % tiling.depth == 0
