@@ -7,13 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 MOST_FOR_KTHVALUE = 2**17
 """Scores among which `torch.kthvalue` is left to find the threshold on a GPU."""
 
 
 MOST_TO_COUNT, FEWEST_TO_COUNT = 8, 1024
-"""Inputs of a group, at the most, and groups, at the least, for the order within to be found by comparing all pairs, which
+"""Inputs of a group, at most, and groups, at least, for the order within to be found by comparing all pairs, which
 takes a few passes over the columns; otherwise they are sorted."""
 
 
