@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff, admm
+from compressor_obs_diff import OBSDiff, admm, least_squares
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.least_squares import TOLERANCE, fit
@@ -75,6 +75,32 @@ def test_the_refit_never_makes_the_sweep_worse_and_starts_from_it(granularity):
     before, after = (loss(weight_OI, found, hessian_II) for found in (new_OI, fitted.weight_OI))
     assert after < before
     assert fit(weight_OI, hessian_II, removed_OI, fitted.weight_OI).steps == 0
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_refit_ends_where_more_steps_would_hardly_lower_the_error(coupled, monkeypatch):
+    weight_OI, hessian_II = problem(24, 192, 0)
+    hessian_II.diagonal().sub_(0.0099 / 1.01 * hessian_II.diagonal().mean())  # a hundredth of the damping is left
+    metric_BKK = None
+    removed_OI = torch.rand(24, 192, generator=torch.Generator().manual_seed(0)) < 0.5
+    if coupled:
+        _, outputs_OO = problem(1, 24, 1)
+        metric_BKK = outputs_OO[None]
+
+    def error(new_OI: Tensor) -> float:
+        difference_OI = new_OI - weight_OI
+        left_OI = difference_OI if metric_BKK is None else metric_BKK[0] @ difference_OI
+        return ((difference_OI @ hessian_II) * left_OI).sum().item()
+
+    ended = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK)
+    monkeypatch.setattr(least_squares, "GAIN", 0.0)
+    whole = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK)
+    assert ended.steps < whole.steps
+    assert error(ended.weight_OI) == pytest.approx(error(whole.weight_OI), rel=1e-4)
+    ten_less = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK, most=ended.steps - 10)
+    twenty_less = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK, most=ended.steps - 20)
+    assert error(ten_less.weight_OI) - error(ended.weight_OI) < 1e-5 * error(ended.weight_OI)
+    assert error(twenty_less.weight_OI) - error(ten_less.weight_OI) >= 1e-5 * error(ten_less.weight_OI)
 
 
 def masks(inputs: int, zeros: int, keep: int | None, of: int | None) -> list[list[int]]:
