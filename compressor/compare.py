@@ -15,6 +15,7 @@ from compressor import measure, report
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch
 from compressor.options import Options
+from compressor.output import write_whole
 from compressor.prepare import Prepared, prepare
 from compressor.progress import Progress
 from compressor.pruning import prune
@@ -96,7 +97,8 @@ def compare(recipe: Recipe, progress: Progress, folder: Path) -> tuple[Row, ...]
     Args:
         recipe: its `prune` lists alternatives here, not steps; its `output` and `export` are not used.
         progress: told what is being done.
-        folder: gets `compare.json` and `compare.md`, written anew after every entry.
+        folder: gets `compare.json` and `compare.md`, written anew after every entry, each in one step: what is done
+            survives a process that is ended.
 
     Raises:
         CompressorError: as the run would, and if the recipe prunes nothing or draws no pictures.
@@ -245,8 +247,8 @@ def _write(job: Prepared, rows: list[Row], folder: Path) -> None:
         "device": measure.device_name(job.pipeline.device),
         "rows": [asdict(row) for row in rows],
     }
-    (folder / "compare.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     figures = rows[0].figures
     names = tuple(f"{m}.{k}" for m in figures for k in figures[m] if not k.endswith("_se") and k != "images")
     changing = tuple(n for n in names if not n.partition(".")[2].startswith("dense_"))
-    (folder / "compare.md").write_text(table(tuple(rows), changing), encoding="utf-8")
+    write_whole(folder / "compare.md", table(tuple(rows), changing))
+    write_whole(folder / "compare.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")

@@ -75,6 +75,16 @@ def replacing(output: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file in one step: whoever reads it, or ends this process, finds the former text or the new one."""
+    beside = file.with_name(f".{file.name}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def _find_stranger(output: Path) -> str | None:
     """Something in a folder that no run put there, or None if all of it is an earlier result."""
     try:

@@ -267,6 +267,25 @@ def test_ctrl_c_that_a_library_makes_an_error_of_is_still_an_interruption(monkey
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_keeps_the_entries_that_were_compared_and_says_which():
+    write(prune=[{"magnitude": {"sparsity": share}} for share in (0.3, 0.4, 0.5)])
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, "loading ")
+        found = call("compare", "r.yaml", "--out", "compared")
+        assert found.exit_code == 130
+        assert found.stderr.endswith("\ninterrupted: nothing was compared\n")
+        assert not any(Path("compared").iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, "3 of 3: ")
+        found = call("compare", "r.yaml", "--out", "compared")
+    assert found.exit_code == 130
+    assert found.stderr.endswith("\ninterrupted: 2 of 3 entries were compared: compared/compare.md\n")
+    kept = json.loads(Path("compared/compare.json").read_text())
+    assert [row["pruner"] for row in kept["rows"]] == ["magnitude, sparsity 0.3", "magnitude, sparsity 0.4"]
+    assert len(Path("compared/compare.md").read_text().splitlines()) == 4
+    assert sorted(path.name for path in Path("compared").iterdir()) == ["compare.json", "compare.md"]
+
+
 def start_run() -> subprocess.Popen[str]:
     calibration = {"prompts": ["a cat"] * 100, "steps": 50, "batch": 1, "packages": 2}
     command = [sys.executable, "-m", "compressor", "run", write(calibration=calibration, report={"images": 0})]

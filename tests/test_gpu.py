@@ -18,7 +18,7 @@ from compressor_obs_diff.solver import factorise, relative_error, sweep
 from safetensors.torch import load_file
 
 from compressor import pipeline as pipelines
-from compressor import recipe, report
+from compressor import recipe, report, sparsity
 from compressor.calibration import Group, Package, kernels
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
@@ -120,6 +120,22 @@ def test_the_solve_on_a_gpu_loses_as_little_as_on_the_cpu(granularity, sparsity)
         assert int(removed.sum()) == granularity.zeros(96, 256, sparsity)
         errors[device] = relative_error(weight, new, second)
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-2)
+
+
+@pytest.mark.parametrize("entries", [4096, sparsity.MOST_FOR_KTHVALUE + 4096])
+def test_the_lowest_scores_are_the_same_as_on_the_cpu_and_found_without_waiting(entries):
+    score = torch.randint(-40, 40, (2, entries // 2), generator=torch.Generator().manual_seed(0)) / 7
+    for zeros in (0, 1, entries // 3, entries):
+        expected = sparsity.lowest(score, zeros)
+        on_gpu = score.cuda()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = sparsity.lowest(on_gpu, zeros)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found.cpu(), expected)
+    assert torch.equal(sparsity.lowest_of_groups(score.cuda(), 2, 4).cpu(), sparsity.lowest_of_groups(score, 2, 4))
 
 
 def problem(seed: int, inputs: int, streams: int, count: int) -> Problem:

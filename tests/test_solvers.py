@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff, admm
+from compressor_obs_diff import OBSDiff, admm, least_squares
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.least_squares import TOLERANCE, fit
@@ -77,6 +77,32 @@ def test_the_refit_never_makes_the_sweep_worse_and_starts_from_it(granularity):
     assert fit(weight_OI, hessian_II, removed_OI, fitted.weight_OI).steps == 0
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_refit_ends_where_more_steps_would_hardly_lower_the_error(coupled, monkeypatch):
+    weight_OI, hessian_II = problem(24, 192, 0)
+    hessian_II.diagonal().sub_(0.0099 / 1.01 * hessian_II.diagonal().mean())  # a hundredth of the damping is left
+    metric_BKK = None
+    removed_OI = torch.rand(24, 192, generator=torch.Generator().manual_seed(0)) < 0.5
+    if coupled:
+        _, outputs_OO = problem(1, 24, 1)
+        metric_BKK = outputs_OO[None]
+
+    def error(new_OI: Tensor) -> float:
+        difference_OI = new_OI - weight_OI
+        left_OI = difference_OI if metric_BKK is None else metric_BKK[0] @ difference_OI
+        return ((difference_OI @ hessian_II) * left_OI).sum().item()
+
+    ended = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK)
+    monkeypatch.setattr(least_squares, "GAIN", 0.0)
+    whole = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK)
+    assert ended.steps < whole.steps
+    assert error(ended.weight_OI) == pytest.approx(error(whole.weight_OI), rel=1e-4)
+    ten_less = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK, most=ended.steps - 10)
+    twenty_less = fit(weight_OI, hessian_II, removed_OI, metric_BKK=metric_BKK, most=ended.steps - 20)
+    assert error(ten_less.weight_OI) - error(ended.weight_OI) < 1e-5 * error(ended.weight_OI)
+    assert error(twenty_less.weight_OI) - error(ten_less.weight_OI) >= 1e-5 * error(ten_less.weight_OI)
+
+
 def masks(inputs: int, zeros: int, keep: int | None, of: int | None) -> list[list[int]]:
     """Every choice of removed columns of one row."""
     found = [list(chosen) for chosen in itertools.combinations(range(inputs), zeros)]
@@ -99,7 +125,7 @@ def test_admm_comes_near_the_best_of_all_masks_and_nearer_than_the_sweep(granula
             removed_OI = torch.zeros(1, 12, dtype=torch.bool)
             removed_OI[0, chosen] = True
             possible.append(loss(weight_OI, best_on(weight_OI, hessian_II, removed_OI), hessian_II))
-        sparse_OI, removed_OI = admm.choose(weight_OI, hessian_II, granularity, share)
+        sparse_OI, removed_OI = admm.choose(weight_OI, admm.Gram(hessian_II), granularity, share)
         assert int(removed_OI.sum()) == 6
         assert not sparse_OI[removed_OI].any()
         ours.append(loss(weight_OI, fit(weight_OI, hessian_II, removed_OI, sparse_OI).weight_OI, hessian_II))
@@ -168,7 +194,7 @@ def test_in_a_metric_of_the_outputs_admm_comes_near_the_best_of_all_masks(granul
             new_OI = best_in(outputs_OO, weight_OI, hessian_II, removed_OI)
             best = min(best, loss_in(outputs_OO, weight_OI, new_OI, hessian_II))
         for name, given in (("with", outputs_OO[None]), ("without", None)):
-            sparse_OI, removed_OI = admm.choose(weight_OI, hessian_II, granularity, share, given)
+            sparse_OI, removed_OI = admm.choose(weight_OI, admm.Gram(hessian_II), granularity, share, given)
             assert int(removed_OI.sum()) == inputs
             assert not sparse_OI[removed_OI].any()
             new_OI = best_in(outputs_OO, weight_OI, hessian_II, removed_OI)
@@ -182,10 +208,49 @@ def test_in_a_metric_of_the_outputs_admm_comes_near_the_best_of_all_masks(granul
 def test_a_metric_in_which_all_outputs_count_the_same_changes_nothing():
     weight_OI, hessian_II = problem(6, 16, 0)
     same_OO = 7 * torch.eye(6, dtype=torch.float64)
-    plain_OI, removed_OI = admm.choose(weight_OI, hessian_II, Unstructured(), 0.5)
-    found_OI, chosen_OI = admm.choose(weight_OI, hessian_II, Unstructured(), 0.5, same_OO[None])
+    plain_OI, removed_OI = admm.choose(weight_OI, admm.Gram(hessian_II), Unstructured(), 0.5)
+    found_OI, chosen_OI = admm.choose(weight_OI, admm.Gram(hessian_II), Unstructured(), 0.5, same_OO[None])
     assert torch.equal(removed_OI, chosen_OI)
     torch.testing.assert_close(found_OI, plain_OI)
+
+
+@pytest.mark.parametrize("kept", [admm.MOST_KEPT, 4])
+def test_layers_that_share_an_input_are_solved_as_by_themselves_and_factorise_it_once(kept, monkeypatch):
+    monkeypatch.setattr(admm, "MOST_KEPT", kept)
+    weight_OI, hessian_II = problem(6, 16, 0)
+    other_OI = weight_OI.flip(0) - 0.3
+    metric_BKK = problem(1, 6, 1)[1][None]
+    factorised: list[tuple[str, int]] = []
+
+    def count(name: str) -> None:
+        whole = getattr(torch.linalg, name)
+
+        def counting(matrix: Tensor) -> Any:
+            factorised.append((name, matrix.shape[-1]))
+            return whole(matrix)
+
+        monkeypatch.setattr(torch.linalg, name, counting)
+
+    count("cholesky")
+    count("eigh")
+    problem_of_both = Problem(hessian_II, 0.01, Unstructured(), 128, "x")
+    alone = [
+        admm.choose(given_OI, admm.Gram(problem_of_both.damped_II), Unstructured(), 0.5, metric)
+        for metric in (None, metric_BKK)
+        for given_OI in (weight_OI, other_OI)
+    ]
+    factorised.clear()
+    found = [
+        solved
+        for metric in (None, metric_BKK)
+        for solved in SOLVERS["admm"]([weight_OI, other_OI], problem_of_both, [0.5, 0.5], [metric, metric])
+    ]
+    for (ours_OI, ours), (theirs_OI, theirs) in zip(found, alone, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours_OI, theirs_OI)
+    assert factorised.count(("cholesky", 16)) == (10 if kept >= 16 else 20)
+    assert factorised.count(("eigh", 16)) == 1
+    assert factorised.count(("eigh", 6)) == 2
 
 
 @pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4)], ids=str)
@@ -194,12 +259,14 @@ def test_blocks_of_a_metric_are_what_the_whole_matrix_is_with_zeros_between_them
     weight_OI, hessian_II = problem(6, 16, 0)
     blocks_BKK = torch.stack([metric(3, 0), 5 * metric(3, 1)])
     whole_BKK = torch.block_diag(*blocks_BKK)[None]
-    found = [admm.choose(weight_OI, hessian_II, granularity, share, given) for given in (blocks_BKK, whole_BKK)]
+    found = [
+        admm.choose(weight_OI, admm.Gram(hessian_II), granularity, share, given) for given in (blocks_BKK, whole_BKK)
+    ]
     assert torch.equal(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][0], found[1][0])
     fitted = [fit(weight_OI, hessian_II, found[0][1], metric_BKK=given) for given in (blocks_BKK, whole_BKK)]
     torch.testing.assert_close(fitted[0].weight_OI, fitted[1].weight_OI, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(found[0][1], admm.choose(weight_OI, hessian_II, granularity, share)[1])
+    assert not torch.equal(found[0][1], admm.choose(weight_OI, admm.Gram(hessian_II), granularity, share)[1])
 
 
 @pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4), NM(keep=1, of=4)], ids=str)

@@ -38,18 +38,6 @@ def test_lowest_marks_exactly_k_with_ties_to_the_lower_index(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_bits_of_scores_choose_as_their_order_does(kind, dtype):
-    for outputs, inputs in SHAPES:
-        score_OI = scores(outputs, inputs, kind).to(dtype)
-        for score in (score_OI, score_OI - 0.5, -score_OI, -score_OI * 0, score_OI * 1e-30):
-            for zeros in range(outputs * inputs + 1):
-                found = sparsity.lowest_by_bits(score, zeros)
-                assert found.flatten().tolist() == lowest_by_sorting(score.flatten().tolist(), zeros)
-                assert found.shape == score.shape
-
-
-@KINDS
 def test_lowest_per_row_marks_exactly_k_of_each_row_with_ties_to_the_lower_index(kind):
     for outputs, inputs in SHAPES:
         score_OI = scores(outputs, inputs, kind)
@@ -102,3 +90,24 @@ def test_holds_counts_the_non_zeros_of_every_group():
     bad[1, 3] = 1
     assert not sparsity.holds(bad, 2, 4)
     assert not sparsity.holds(good, 1, 4)
+
+
+@KINDS
+@pytest.mark.parametrize(("keep", "of"), [(1, 2), (2, 4), (3, 4), (2, 3), (5, 8)])
+def test_many_groups_are_marked_as_a_sort_of_each_would_mark_them(kind, keep, of):
+    score_OI = scores(7, of * sparsity.FEWEST_TO_COUNT, kind)
+    expected = sparsity.lowest_per_row(score_OI.reshape(-1, of), of - keep).reshape(score_OI.shape)
+    assert torch.equal(sparsity.lowest_of_groups(score_OI, keep, of), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_halving_finds_the_kth_smallest_of_numbers_of_either_sign(dtype):
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(901, generator=generator, dtype=torch.float64).to(dtype)
+    flat[::7], flat[1::7], flat[2] = 0.0, -0.0, torch.finfo(dtype).max
+    flat[3], flat[4] = torch.finfo(dtype).min, torch.finfo(dtype).tiny
+    numbers = sparsity.ordered(flat)
+    assert torch.equal(flat[numbers.argsort(stable=True)], flat.sort(stable=True).values)
+    for k in (1, 2, 450, 451, 452, 600, 900, 901):
+        expected = sparsity.ordered(flat.sort().values[k - 1 : k])
+        assert sparsity.kth_of_ordered(numbers, k) == expected

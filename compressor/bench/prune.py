@@ -24,6 +24,7 @@ from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
 from compressor.entries import Entry, enter
 from compressor.errors import CompressorError
+from compressor.output import write_whole
 from compressor.pipeline import pick_device
 from compressor.plugin import MomentKind, Removed, Weighting
 from compressor.progress import Progress
@@ -85,7 +86,7 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
         progress.say(f"{subject.name}: building random weights")
         done.append(_Bench(subject, seen, settings, device, dtype, progress).measure())
         if output is not None:
-            results.write(output, prune_table.as_json(settings, device, dtype, done))
+            write_whole(output, prune_table.as_json(settings, device, dtype, done))
         _free_memory()
     return prune_table.as_text(device, dtype, done)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -84,13 +83,6 @@ def claim(output: Path) -> None:
     if output.is_dir():
         raise CompressorError(f"output: should be a file to write, found the folder {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
-
-
-def write(output: Path, text: str) -> None:
-    """Writes a file in one step, so that a process that is ended leaves the last whole one."""
-    beside = output.with_name(output.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, output)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from compressor.bench.models import KnownModel
 from compressor.bench.rows import Plan, Row
 from compressor.bench.settings import Conditions, Settings, conditions, threads
 from compressor.bench.timing import in_turns
+from compressor.output import write_whole
 from compressor.progress import Progress
 from compressor.structure import Family, find_groups
 from compressor.units import count
@@ -50,7 +51,7 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
                 rows.append(row)
                 progress.say(results.as_line(row))
                 if output is not None:
-                    results.write(output, results.as_json(settings, found, rows))
+                    write_whole(output, results.as_json(settings, found, rows))
     return results.as_text(settings, found, rows)
 
 

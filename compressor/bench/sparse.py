@@ -22,6 +22,7 @@ from compressor.bench.models import KnownModel
 from compressor.bench.settings import check_size
 from compressor.bench.timing import Times, in_turns
 from compressor.errors import CompressorError
+from compressor.output import write_whole
 from compressor.pipeline import pick_device
 from compressor.progress import Progress
 from compressor.sparsity import lowest_of_groups
@@ -123,7 +124,7 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
                 rows.append(row)
                 progress.say(" | ".join(_cells(row)))
                 if output is not None:
-                    results.write(output, as_json(settings, device, rows))
+                    write_whole(output, as_json(settings, device, rows))
     return as_text(settings, device, rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ import click
 from compressor import prompts, recipe, registry
 from compressor.cli import running, timing
 from compressor.cli.arguments import RECIPE, SET
-from compressor.cli.ending import importing, in_words
+from compressor.cli.ending import importing, in_words, stamp
 from compressor.errors import CompressorError
 
 
@@ -96,13 +97,22 @@ def plan(recipe_file: str, overrides: tuple[str, ...], layers: bool, as_json: bo
 def compare(recipe_file: str, overrides: tuple[str, ...], out: Path) -> None:
     """Try each entry of RECIPE's `prune` by itself on the dense model and table the results."""
     loaded = recipe.load(recipe_file, overrides)
+    before = stamp(out / "compare.json")
     with importing():
         from compressor import quiet
         from compressor.compare import compare as try_all
         from compressor.progress import Progress
 
         quiet.silence_libraries()
-    try_all(loaded, Progress(), out)
+    try:
+        try_all(loaded, Progress(), out)
+    except KeyboardInterrupt:
+        kept = "nothing was compared"
+        if stamp(out / "compare.json") != before:
+            done = len(json.loads((out / "compare.json").read_text(encoding="utf-8"))["rows"])
+            kept = f"{done} of {len(loaded.prune)} entries were compared: {out / 'compare.md'}"
+        click.echo(f"\ninterrupted: {kept}", err=True)
+        sys.exit(130)
     click.echo((out / "compare.md").read_text(encoding="utf-8"), nl=False)
     click.echo(f"figures: {out / 'compare.json'}")
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -50,3 +51,11 @@ def noting(interrupts: list[int]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def stamp(file: Path) -> int | None:
+    """Changes when the file is replaced."""
+    try:
+        return file.stat().st_ino
+    except OSError:
+        return None

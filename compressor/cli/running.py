@@ -13,8 +13,9 @@ import click
 
 from compressor import recipe
 from compressor.cli.arguments import RECIPE, SET
-from compressor.cli.ending import importing, in_words, noting
+from compressor.cli.ending import importing, in_words, noting, stamp
 from compressor.errors import CompressorError
+from compressor.output import RECORD
 
 
 @click.command()
@@ -30,7 +31,7 @@ def run(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -> None:
         _run_shared(recipe_file, overrides, overwrite)
     loaded = recipe.load(recipe_file, overrides)
     output = Path(loaded.output)
-    before = _stamp(output)
+    before = stamp(output / RECORD)
     with importing():
         from compressor import quiet
         from compressor.progress import Progress
@@ -56,7 +57,7 @@ def _tell_result(output: Path) -> None:
 
 def _explain_kept(output: Path, before: int | None) -> str:
     """What an interruption leaves, where the folder's stamp was as given."""
-    if _stamp(output) != before:
+    if stamp(output / RECORD) != before:
         return f"the pruned pipeline in {output} is complete; what was to follow is not"
     if before is not None:
         return f"nothing new was kept; the earlier result in {output} is as it was"
@@ -87,7 +88,7 @@ def _run_shared(recipe_file: str, overrides: tuple[str, ...], overwrite: bool) -
             with noting(interrupts):
                 loaded = recipe.load(recipe_file, overrides)
                 output = Path(loaded.output)
-                before = _stamp(output)
+                before = stamp(output / RECORD)
                 progress = Progress() if shared.first else Progress(Console(quiet=True))
                 run_recipe(loaded, progress, overwrite=overwrite, ranks=shared)
             if shared.first:
@@ -116,12 +117,3 @@ def _explain_end(error: BaseException, interrupted: bool, output: Path | None, b
     if isinstance(error, OSError):
         return 1, f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
     return 1, "".join(traceback.format_exception(error)).rstrip()
-
-
-def _stamp(output: Path) -> int | None:
-    """Changes when the folder is replaced."""
-    record = output / "compression.json"
-    try:
-        return record.stat().st_ino
-    except OSError:
-        return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.output import write_whole
 from compressor.plugin import Samples
 from compressor.report.facts import (
     CalibrationFacts,
@@ -66,12 +67,7 @@ def write(report: Report, samples: Samples | None, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.json", report.dump()), ("report.html", render(report, samples))):
-        beside = folder / f".{name}"
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(folder / name, text)
 
 
 def grid(samples: Samples, columns: int, *, captions: bool = True) -> Image:

@@ -209,7 +209,8 @@ def _batches(judge: Judge, pictures: Tensor) -> Iterable[Tensor]:
         found = " x ".join(map(str, pictures.shape[1:]))
         raise CompressorError(f"the judge reads pictures of 3 x {SIDE} x {SIDE}, found {found}")
     weight = judge.heads.weight
-    return (batch.to(weight.device, weight.dtype) for batch in pictures.split(1024))
+    at_once = 32 if weight.device.type == "cpu" else 1024  # more do not stay in a CPU's caches: four times as slow
+    return (batch.to(weight.device, weight.dtype) for batch in pictures.split(at_once))
 
 
 def loss(judge: Judge, pictures: Tensor, labels: dict[str, Tensor]) -> Tensor:

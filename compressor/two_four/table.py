@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from compressor.errors import CompressorError
+from compressor.output import write_whole
 
 FORMAT = 1
 
@@ -130,9 +130,7 @@ def write(table: Table, file: Path) -> None:
     data = asdict(table)
     for entry, row in zip(data["rows"], table.rows, strict=True):
         entry["ratio"], entry["spread"] = row.ratio, row.spread
-    beside = file.with_name(file.name + ".part")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    write_whole(file, json.dumps(data, indent=1) + "\n")
 
 
 def as_text(table: Table) -> str:

@@ -9,6 +9,7 @@ weighed by a metric, as Kronecker-factored curvature has it (van der Ouderaa et 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -26,9 +27,44 @@ RHO, GROWTH, EVERY = (
 )  # the penalty, in units of H's diagonal: its start, and its growth every so many rounds
 
 
+MOST_KEPT = 2048
+"""Inputs of a layer whose inverses are kept for the next layer that reads them: 170 MB at this width."""
+
+
+class Gram:
+    """A second moment in units in which its diagonal is ones; its factors serve all layers that read the input.
+
+    Attributes:
+        scale_I: the root of the diagonal, D^1/2.
+        matrix_II: A = D^-1/2 H D^-1/2.
+    """
+
+    def __init__(self, hessian_II: Tensor) -> None:
+        self.scale_I = hessian_II.diagonal().sqrt()
+        self.matrix_II = _correlation(hessian_II)
+        self._inverses: dict[float, Tensor] = {}
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues a (I) and eigenvectors Q (I x I), A = Q a Q^T."""
+        values_I, vectors_II = torch.linalg.eigh(self.matrix_II)
+        return values_I, vectors_II
+
+    def inverse(self, rho: float) -> Tensor:
+        """(A + rho)^-1."""
+        found = self._inverses.get(rho)
+        if found is None:
+            raised_II = self.matrix_II.clone()
+            raised_II.diagonal().add_(rho)
+            found = torch.cholesky_inverse(torch.linalg.cholesky(raised_II))
+            if len(found) <= MOST_KEPT:
+                self._inverses[rho] = found
+        return found
+
+
 def choose(
     weight_OI: Tensor,
-    hessian_II: Tensor,
+    gram: Gram,
     granularity: Elementwise,
     sparsity: float | None,
     metric_BKK: Tensor | None = None,
@@ -49,7 +85,7 @@ def choose(
 
     Args:
         weight_OI: the dense weights, float32 or float64. Not changed.
-        hessian_II: damped, symmetric, positive definite, of the same dtype. Not changed.
+        gram: A and D of a damped Hessian of the same dtype; layers that read one input may share it.
         granularity: what is removed together.
         sparsity: the share of weights to remove, where the granularity needs one.
         metric_BKK: G, in blocks along its diagonal, damped, symmetric, positive definite, of the same dtype; the
@@ -61,11 +97,9 @@ def choose(
         `granularity.zeros(O, I, sparsity)` are removed.
     """
     outputs, inputs = weight_OI.shape
-    scale_I = hessian_II.diagonal().sqrt()
-    gram_II = _correlation(hessian_II)
-    scale_OI = scale_I if metric_BKK is None else torch.outer(diagonal(metric_BKK).sqrt(), scale_I)
+    scale_OI = gram.scale_I if metric_BKK is None else torch.outer(diagonal(metric_BKK).sqrt(), gram.scale_I)
     sparse_OI = weight_OI * scale_OI
-    solve: _System = _Inputs(gram_II) if metric_BKK is None else _Both(_correlation(metric_BKK), gram_II)
+    solve: _System = _Inputs(gram) if metric_BKK is None else _Both(_correlation(metric_BKK), gram)
     target_OI = solve.times(sparse_OI)
     dual_OI = torch.zeros_like(sparse_OI)
     removed_OI = torch.zeros_like(sparse_OI, dtype=torch.bool)
@@ -98,26 +132,24 @@ class _System(Protocol):
 
 
 class _Inputs:
-    def __init__(self, gram_II: Tensor) -> None:
-        self.gram_II = gram_II
+    def __init__(self, gram: Gram) -> None:
+        self.gram = gram
 
     def times(self, b_OI: Tensor) -> Tensor:
-        return b_OI @ self.gram_II
+        return b_OI @ self.gram.matrix_II
 
     def raise_by(self, rho: float) -> None:
-        raised_II = self.gram_II.clone()
-        raised_II.diagonal().add_(rho)
-        self.inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(raised_II))
+        self.inverse_II = self.gram.inverse(rho)
 
     def __call__(self, wanted_OI: Tensor) -> Tensor:
         return wanted_OI @ self.inverse_II
 
 
 class _Both:
-    def __init__(self, gram_BKK: Tensor, gram_II: Tensor) -> None:
-        self.gram_BKK, self.gram_II = gram_BKK, gram_II
+    def __init__(self, gram_BKK: Tensor, gram: Gram) -> None:
+        self.gram_BKK, self.gram_II = gram_BKK, gram.matrix_II
         k_BK, self.p_BKK = torch.linalg.eigh(gram_BKK)
-        a_I, self.q_II = torch.linalg.eigh(gram_II)
+        a_I, self.q_II = gram.spectrum
         # rounding may make the least ones negative
         self.product_OI = torch.outer(k_BK.reshape(-1).clamp(min=0), a_I.clamp(min=0))
 

@@ -19,6 +19,8 @@ from compressor_obs_diff.metric import diagonal, times
 
 TOLERANCE = 1e-5
 """Of a row's residual, relative to its right-hand side."""
+GAIN = 1e-5
+"""Of the error that is left: ten steps that take less off it are the last, on `builtin:shapes` the 30th to the 80th."""
 MOST_STEPS = 500
 
 
@@ -29,7 +31,7 @@ class Fitted:
     Attributes:
         weight_OI: zero where the mask says so.
         residual: the largest of any row (with G, of all together), relative to its right-hand side; above `TOLERANCE`
-            only after the most steps.
+            only after the most steps, or where ten more would take less than `GAIN` off the error.
         steps: products by the Hessian.
     """
 
@@ -69,6 +71,10 @@ def fit(
         products_O = (a_OI * b_OI).sum(1)
         return products_O if metric_BKK is None else products_O.sum().expand_as(products_O)
 
+    def shared(of_rows_O: Tensor) -> Tensor:
+        """The sum over all rows; with G, each has that of all of them already."""
+        return of_rows_O.sum(dtype=torch.float64) if metric_BKK is None else of_rows_O[0].double()
+
     diagonal_OI = hessian_II.diagonal().expand_as(weight_OI)
     if metric_BKK is not None:
         diagonal_OI = torch.outer(diagonal(metric_BKK), hessian_II.diagonal())
@@ -80,6 +86,12 @@ def fit(
     direction_OI = scaled_OI.clone()
     rho_O = dot(residual_OI, scaled_OI)
     worst = (dot(residual_OI, residual_OI).sqrt() / norm_O).max().item()
+    off_OI = x_OI - weight_OI
+    heavy_OI = off_OI @ hessian_II
+    heavy_OI = heavy_OI if metric_BKK is None else times(metric_BKK, heavy_OI)
+    error = (off_OI * heavy_OI).sum(dtype=torch.float64)
+    before = error
+    del off_OI, heavy_OI
     steps = 0
     while worst > TOLERANCE and steps < most:
         product_OI = product(direction_OI)
@@ -88,6 +100,7 @@ def fit(
         alpha_O = torch.where(curvature_O > 0, rho_O / curvature_O, 0)
         x_OI += alpha_O[:, None] * direction_OI
         residual_OI -= alpha_O[:, None] * product_OI
+        error = error - shared(alpha_O * rho_O)  # what the step takes off it
         scaled_OI = residual_OI / diagonal_OI
         next_O = dot(residual_OI, scaled_OI)
         beta_O = torch.where(rho_O > 0, next_O / rho_O, 0)
@@ -96,4 +109,7 @@ def fit(
         steps += 1
         if steps % 10 == 0:  # looking at it waits for the GPU
             worst = (dot(residual_OI, residual_OI).sqrt() / norm_O).max().item()
+            if before - error < GAIN * error:
+                break
+            before = error
     return Fitted(x_OI, worst, steps)

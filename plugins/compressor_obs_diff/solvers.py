@@ -48,6 +48,11 @@ class Problem:
         damped_II.diagonal().add_(self.factor.damping * self.second_II.diagonal().mean())
         return damped_II
 
+    @cached_property
+    def gram(self) -> admm.Gram:
+        """The damped Hessian as ADMM takes it."""
+        return admm.Gram(self.damped_II)
+
 
 class Solver(Protocol):
     """Chooses what goes and updates the rest."""
@@ -87,7 +92,7 @@ def _admm(
     metrics: Sequence[Tensor | None],
 ) -> list[tuple[Tensor, Tensor]]:
     return [
-        admm.choose(weight_OI, problem.damped_II, problem.granularity, sparsity, metric_BKK)
+        admm.choose(weight_OI, problem.gram, problem.granularity, sparsity, metric_BKK)
         for weight_OI, sparsity, metric_BKK in zip(weights, sparsities, metrics, strict=True)
     ]
 
