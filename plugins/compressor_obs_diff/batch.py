@@ -83,7 +83,7 @@ def factorise_batch(hessians: Sequence[Tensor], damping: float, names: Sequence[
     upper_NII = inverse_NII.flip(1, 2)
     del inverse_NII
     factors = []
-    for upper_II, hessian_II, name, good in zip(upper_NII, hessians, names, good_N.tolist(), strict=True):
+    for upper_II, hessian_II, name, good in zip(upper_NII, hessians, names, good_N.tolist(), strict=True):  # waits once
         factor = Factor(upper_II, damping, torch.float32)
         if not good:
             alone = factorise(hessian_II, damping, name)

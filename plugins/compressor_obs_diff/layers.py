@@ -140,7 +140,7 @@ def _solve_alike(
             members, problems, gathered, weight_NOI, removed_NOI, strict=True
         )
     ]
-    errors = torch.stack(errors).tolist()  # the one wait for the GPU
+    errors = torch.stack(errors).tolist()  # one wait for the GPU, for all of them
     seconds = (time.perf_counter() - start) / (len(parts) * sum(rows))
     return [
         LayerResult(
