@@ -159,16 +159,16 @@ def _solve_alike(
 def _keep(
     options: OBSDiff, members: Sequence[Member], problem: Problem, gathered: Moments, new_OI: Tensor, removed_OI: Tensor
 ) -> Tensor:
-    """Writes the layers of one problem back, and gives their relative errors, without waiting for the GPU."""
+    """Writes the layers of one problem back, and gives their relative errors; only a refit waits for the GPU."""
     assert gathered.second_II is not None
     rows = [target.outputs for target, *_ in members]
     old_OI = torch.cat([target.module.weight.detach().float() for target, *_ in members])
-    if options.refit:
-        new_OI = fit(old_OI, problem.damped_II, removed_OI, new_OI).weight_OI
     kept_OI = torch.empty_like(old_OI)
-    for (target, _, absorbed_I), dense_OI, found_OI, stored_OI in zip(
-        members, old_OI.split(rows), new_OI.split(rows), kept_OI.split(rows), strict=True
+    for (target, _, absorbed_I), dense_OI, gone_OI, found_OI, stored_OI in zip(
+        members, *(whole_OI.split(rows) for whole_OI in (old_OI, removed_OI, new_OI, kept_OI)), strict=True
     ):
+        if options.refit:  # each by itself, as its own error says when to end
+            found_OI = fit(dense_OI, problem.damped_II, gone_OI, found_OI).weight_OI  # noqa: PLW2901
         target.module.weight.copy_(found_OI)
         stored_OI.copy_(target.module.weight)
         if target.module.bias is not None and absorbed_I is not None:
