@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compressor.calibration import kernels, product_kernel
-from compressor.calibration.product_kernel import TABLE, Tiling
+from compressor.calibration.product_kernel import SMALL, TABLE, Tiling
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,19 @@ SUMS = ("bads", "totals", "squares", "tokens", "skipped", "weight_sum", "total",
 TILE = {"UNIT": 8, "M": 128, "N": 128, "D": 64, "GROUP": 8, "C": 64}
 
 
+def compiled(kernel: str, constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
+    function = getattr(product_kernel, kernel)
+    names = function.arg_names
+    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    source = ASTSource(
+        function,
+        types,
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
+    )
+    return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
+
+
 @pytest.mark.parametrize(
     ("kernel", "constants", "absent", "stages"),
     [
@@ -98,24 +112,26 @@ TILE = {"UNIT": 8, "M": 128, "N": 128, "D": 64, "GROUP": 8, "C": 64}
 )
 def test_every_kernel_is_compiled_for_hopper_and_the_product_for_its_tensor_cores(kernel, constants, absent, stages):
     """Without a GPU, by the assembler that comes with triton; the interpreter lets pass what the compiler refuses."""
-    function = getattr(product_kernel, kernel)
-    names = function.arg_names
-    constants = constants | dict.fromkeys(absent)
-    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
-    source = ASTSource(
-        function,
-        types,
-        {(names.index(name),): value for name, value in constants.items() if name in names},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
-    )
-    found = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "num_stages": stages})
-    assembly = found.asm["ptx"]
+    assembly = compiled(kernel, constants | dict.fromkeys(absent), 90, 4, stages).asm["ptx"]
     if kernel == "_multiply":
         assert assembly.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") >= 2 * 64 // 16
         assert "cp.async.cg.shared.global" in assembly  # loaded ahead, 16 bytes at once
         assert "atom" not in assembly
     elif kernel == "_read" and constants["UNIT"] == 8:
         assert "ld.global.v4.b32" in assembly
+
+
+@pytest.mark.parametrize(
+    ("capability", "memory", "tilings"),
+    [(90, 227, {tiling for _, tiling in TABLE}), (80, 163, {SMALL}), (86, 99, {SMALL}), (120, 99, {SMALL})],
+)
+@pytest.mark.parametrize("unit", [8, 1])
+def test_a_tile_fits_into_the_shared_memory_of_a_gpu(capability, memory, tilings, unit):
+    for tiling in tilings:
+        sizes = {"M": tiling.tall, "N": tiling.wide, "D": tiling.depth, "GROUP": tiling.group, "UNIT": unit}
+        constants = {**TILE, **sizes, "ADD": True, "squares": None, "square_sum": None}
+        found = compiled("_multiply", constants, capability, tiling.warps, tiling.stages)
+        assert 0 < found.metadata.shared <= 1024 * memory
 
 
 def test_every_width_has_a_tiling_whose_steps_are_whole():

@@ -183,14 +183,17 @@ def multiply(
 
 
 def tiling_of(inputs: int, device: torch.device) -> Tiling:
-    """The tiles for a product of that width on a GPU: measured on Hopper, small enough for all others."""
+    """The tiles for a product of that width: small enough for the shared memory of that GPU."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return SMALL
     return next(tiling for widest, tiling in TABLE if inputs <= widest)
 
 
-SMALL = Tiling(128, 128, 32, 8, 8, 3)
-TABLE = ((2048, Tiling(128, 128, 64, 8, 8, 4)), (float("inf"), Tiling(128, 128, 64, 8, 8, 4)))
+TABLE = ((2048, Tiling(128, 128, 64, 8, 4, 5)), (float("inf"), Tiling(128, 128, 64, 8, 4, 5)))
+"""Up to which width which, on Hopper: two of these tiles at a time fit into the shared memory of a multiprocessor."""
+
+SMALL = Tiling(128, 128, 32, 8, 8, 5)
+"""On other GPUs, of which some have less than half of that memory."""
 
 
 def stretches_of(inputs: int, padded: int, tiling: Tiling, device: torch.device) -> int:
