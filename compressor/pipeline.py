@@ -194,7 +194,11 @@ class Pipeline:
         return offload.computes_on(self.module)
 
     def example_inputs(self) -> Mapping[str, Any]:
-        """Random inputs of the network's forward, the same at every call: one sample of a small picture."""
+        """Random inputs of the network's forward, the same at every call: one sample of a small picture.
+
+        Where components take turns, it becomes the network's, so that both are on the same device.
+        """
+        offload.bring(self.module)
         side = min(self.folder.default_size // self.folder.vae_factor, 32)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)

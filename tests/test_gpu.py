@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from compressor.recipe import Model
 from compressor.run import run
 from compressor.structure import Layer, Target
 from tests import tiny
+from tests.waits import count_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -128,13 +128,8 @@ def test_the_lowest_scores_are_the_same_as_on_the_cpu_and_found_without_waiting(
     for zeros in (0, 1, entries // 3, entries):
         expected = sparsity.lowest(score, zeros)
         on_gpu = score.cuda()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found = sparsity.lowest(on_gpu, zeros)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(found.cpu(), expected)
+        assert count_waits(sparsity.lowest, on_gpu, zeros) == 0
+        assert torch.equal(sparsity.lowest(on_gpu, zeros).cpu(), expected)
     assert torch.equal(sparsity.lowest_of_groups(score.cuda(), 2, 4).cpu(), sparsity.lowest_of_groups(score, 2, 4))
 
 
@@ -151,14 +146,7 @@ def problem(seed: int, inputs: int, streams: int, count: int) -> Problem:
 
 
 def waits(problems: list[Problem], groups_GD: torch.Tensor) -> int:
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            remove_together(problems, groups_GD, 0.01)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    return count_waits(remove_together, problems, groups_GD, 0.01)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -205,7 +193,7 @@ def test_on_a_gpu_problems_solved_together_are_as_solved_alone_and_as_on_the_cpu
 @pytest.mark.parametrize("given", [{"sparsity": 0.5}, {"granularity": "n_m"}])
 def test_layers_of_equal_shape_are_solved_without_waiting_for_the_gpu_after_each(given):
     options = OBSDiff.model_validate(given)
-    waits = []
+    waited = []
     for count in (2, 3, 30):  # the first one for what is waited for once
         groups, moments = [], {}
         for name in map(str, range(count)):
@@ -214,16 +202,10 @@ def test_layers_of_equal_shape_are_solved_without_waiting_for_the_gpu_after_each
             groups.append(Group(name, (target,)))
             moments[name] = Moments.empty(512, second=True, device=torch.device("cuda"))
             moments[name].add(torch.randn(1000, 512, device="cuda"), 1.0)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                results = list(prune_package(options, Package(1, 1, tuple(groups), 0), moments))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        package, results = Package(1, 1, tuple(groups), 0), []
+        waited.append(count_waits(results.extend, prune_package(options, package, moments)))
         assert len(results) == count
-        waits.append(len(caught))
-    assert waits[2] == waits[1] <= 4
+    assert waited[2] == waited[1] <= 4
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])

@@ -55,6 +55,13 @@ def test_who_waits_on_the_cpu_computes_on_the_device():
     assert offload.computes_on(network) == torch.device("cuda:1")
 
 
+def test_example_inputs_are_made_where_the_network_computes():
+    loaded = tiny.load("sd3")
+    take_turns([loaded.module], torch.device("meta"))
+    assert {value.device.type for value in loaded.example_inputs().values()} == {"meta"}
+    assert {parameter.device.type for parameter in loaded.module.parameters()} == {"meta"}
+
+
 def recipe(output: Path, **changes: Any) -> Recipe:
     size = {"height": tiny.SIDE, "width": tiny.SIDE}
     data = {

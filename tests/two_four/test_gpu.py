@@ -20,6 +20,8 @@ GPU = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(product.problem(GPU) is not None, reason="needs a GPU and a torch with cuSPARSELt"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),  # torch 2.11's compiler uses what torch deprecates
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
 
 
