@@ -3,7 +3,7 @@
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +54,44 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def damaging(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
+    """From now on, what is written is damaged before it is proved."""
+    write = checkpoint._write
+
+    def damaged(pipeline: pipeline.Pipeline, target: Path) -> None:
+        write(pipeline, target)
+        damage(target)
+
+    monkeypatch.setattr(checkpoint, "_write", damaged)
+
+
+def test_weights_that_do_not_reload_as_they_were_are_named_and_nothing_is_kept(loaded, tmp_path, monkeypatch):
+    def zero_the_end(target: Path) -> None:
+        file = target / "transformer" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-400] + bytes(400))
+
+    damaging(monkeypatch, zero_the_end)
+    words = (
+        r"^the saved transformer does not reload as it was: it differs in \d+ tensors?, [\w.]+ first; nothing was kept$"
+    )
+    with pytest.raises(CompressorError, match=words):
+        checkpoint.save(loaded, tmp_path / "out", RECORD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_with_which_the_same_weights_compute_something_else_is_told(tmp_path, monkeypatch):
+    def halve_the_heads(target: Path) -> None:
+        file = target / "unet" / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"attention_head_dim": [1, 2]}))
+
+    damaging(monkeypatch, halve_the_heads)
+    words = r"^the saved unet does not reload as it was: one forward differs by up to [\d.e-]+; nothing was kept$"
+    with pytest.raises(CompressorError, match=words):
+        checkpoint.save(tiny.load("sd2"), tmp_path / "out", RECORD)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_saved_loads_with_plain_diffusers_as_the_same_bits(loaded, result):

@@ -23,7 +23,7 @@ from compressor_obs_diff.greedy import Fusion, Search, part
 from compressor_obs_diff.solver import factorise
 from compressor_obs_diff.triangular import inverse_factor
 
-MOST = 32  # problems solved together on a GPU
+MOST = 48  # problems solved together on a GPU
 SHARE = 0.5  # of the memory that is free there, for them
 SQUARES = 6  # I x I float64 a stream, at the most
 
@@ -229,7 +229,7 @@ def refit_together(
 def fitting_together(inputs: int, streams: int, device: torch.device) -> int:
     """How many problems of so many inputs and streams should be solved together: on a CPU one, which is no slower.
 
-    On a GPU as many as half of the memory that is free holds, up to 32, and at least one.
+    On a GPU as many as half of the memory that is free holds, up to 48, and at least one.
     """
     if device.type != "cuda":
         return 1
