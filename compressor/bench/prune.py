@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from compressor.bench import forwards, models, networks, prune_table, results, s
 from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
 from compressor.bench.subjects import Asked, Subject
 from compressor.bench.timing import Times, in_turns
-from compressor.calibration import Calibration, Moments, Package, StepCounter, gathering
+from compressor.calibration import Calibration, Moments, Package, StepCounter, gathering, gradients
 from compressor.calibration.packages import cut
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
@@ -30,6 +30,8 @@ from compressor.plugin import MomentKind, Removed, Weighting
 from compressor.progress import Progress
 from compressor.structure import Target, Trace, trace
 from compressor.units import several
+
+T = TypeVar("T")
 
 PLAIN = "plain"
 SHARE = 0.25
@@ -115,6 +117,10 @@ class _Load:
     share: float
 
 
+_Part = Mapping[str, float]
+"""The loads of one pass, by name, and the share of its forwards that each has."""
+
+
 class _Source:
     """Gives a pruner moments of the network's forwards on random inputs, as a `Calibration` does of sampled ones."""
 
@@ -131,12 +137,16 @@ class _Source:
     def collect(self, package: Package, kind: MomentKind, _weighting: Weighting) -> dict[str, Moments]:
         """Of one forward."""
         start = self._bench.clock()
-        with self._bench.gathering(_Load("", package, kind, 1.0)) as moments:
-            self._bench.forward()
+        with self._bench.gathering(_Load("", package, kind, 1.0)) as (moments, forward):
+            forward()
         found = {name: m.finish() for name, m in moments.items()}
         self.bytes = max(self.bytes, package.moment_bytes)
         self.seconds += self._bench.clock() - start
         return found
+
+    def gather(self, thing: T) -> list[T]:
+        """Of one process."""
+        return [thing]
 
 
 class _Bench:
@@ -164,6 +174,7 @@ class _Bench:
         )
         self._timestep = float(cast(Tensor, given["timestep"]).reshape(-1)[0])
         self.forward = forwards.eager(self._network, given)
+        self._forward: Callable[[], object] = self.forward
         self._entries = enter(subject.recipe, "network", self._network, subject.family, seen)
 
     def measure(self) -> Measured:
@@ -182,21 +193,29 @@ class _Bench:
         return time.perf_counter()
 
     @contextmanager
-    def gathering(self, load: _Load) -> Iterator[dict[str, Moments]]:
-        """While it lasts, forwards add to moments by the hooks that a calibration uses."""
+    def gathering(self, load: _Load) -> Iterator[tuple[dict[str, Moments], Callable[[], object]]]:
+        """While it lasts, forwards add to moments by the hooks that a calibration uses.
+
+        It gives these, and a forward; where gradients are gathered, one that is differentiated, as the first one of a
+        calibration is and as `gradients.SHARE` of the others are.
+        """
         counter = StepCounter(torch.tensor([self._timestep]))
         tokens = Tokens(load.share, 0)
         meter = Meter(self._device)
         with gathering.watch(
             self._network, load.package, load.kind, lambda timestep: 1.0 + counter.step(timestep), tokens, meter
         ) as (moments, next_batch):
-            next_batch(0)
-            yield moments
+
+            def forward() -> object:
+                next_batch(0)
+                return self.forward()
+
+            yield moments, forward
 
     def _loads(self) -> dict[str, _Load]:
         """Kinds of forwards, by name; pruners that ask for the same moments of the same layers share theirs."""
         found: dict[str, _Load] = {}
-        self._names: dict[str, dict[str, list[str]]] = {}
+        self._names: dict[str, dict[str, list[_Part]]] = {}
         alike: dict[tuple[MomentKind, tuple[str, ...]], list[int]] = {}
         for i, entry in enumerate(self._entries):
             if entry.pruner.moments != "none":
@@ -216,8 +235,11 @@ class _Bench:
             }
             if len(cuts) == 1 and share == 1:
                 loads["packages"] = loads["all"]
-            found |= {load.name: load for these in loads.values() for load in these}
-            names = {place: [load.name for load in these] for place, these in loads.items()}
+            names: dict[str, list[_Part]] = {}
+            for place, these in loads.items():
+                parts = [_parts(load) for load in these]
+                found |= {load.name: load for part in parts for load, _ in part}
+                names[place] = [{load.name: of for load, of in part} for part in parts]
             self._names |= {self._entries[i].where: names for i in places}
         return found
 
@@ -230,7 +252,7 @@ class _Bench:
             self._reset_peak()
             try:
                 with self._around(loads)(name):
-                    self.forward()
+                    self._forward()
                     self.clock()
                 peaks[name] = self._peak()
             except RuntimeError as error:
@@ -241,7 +263,7 @@ class _Bench:
         names = [name for name in (PLAIN, *loads) if name not in notes]
         with self._progress.task(f"{self.subject.name}: timing forwards", repeats * len(names)) as advance:
             times = in_turns(
-                dict.fromkeys(names, self.forward),
+                dict.fromkeys(names, self._timed),
                 repeats,
                 4 if on_gpu else 1,
                 1,
@@ -262,8 +284,21 @@ class _Bench:
             for name in (PLAIN, *loads)
         }
 
+    def _timed(self) -> object:
+        """The forward of whatever lasts: `_around` changes it."""
+        return self._forward()
+
     def _around(self, loads: Mapping[str, _Load]) -> Callable[[str], AbstractContextManager[object]]:
-        return lambda name: self.gathering(loads[name]) if name in loads else nullcontext()
+        @contextmanager
+        def around(name: str) -> Iterator[None]:
+            if name not in loads:
+                yield
+                return
+            with self.gathering(loads[name]) as (_, self._forward):
+                yield
+            self._forward = self.forward
+
+        return around
 
     def _time_solves(self, plain: float) -> list[Case]:
         turns = self._settings.turns or (3 if self._device.type == "cuda" else 1)
@@ -322,18 +357,23 @@ class _Bench:
             return
         names = self._names[entry.where]
         for how, place in (("1 package", "all"), (f"1 package, {100 * SHARE:g} % of the tokens", "some")):
-            yield self._job(case, how, [rows[name] for name in names[place]], 1, plain)
-        parts = [rows[name] for name in names["packages"]]
+            yield self._job(case, how, names[place], rows, 1, plain)
+        parts = names["packages"]
         if names["packages"] != names["all"]:
             passes = entry.pruner.passes(len(parts))
-            yield self._job(case, several(len(parts), "package"), parts, passes, plain)
+            yield self._job(case, several(len(parts), "package"), parts, rows, passes, plain)
 
-    def _job(self, case: Case, how: str, parts: Sequence[ForwardRow], passes: int, plain: Times) -> Job:
-        times = [row.times.median for row in parts if row.times is not None]
+    def _job(
+        self, case: Case, how: str, parts: Sequence[_Part], rows: Mapping[str, ForwardRow], passes: int, plain: Times
+    ) -> Job:
         count = self.subject.forwards * passes
-        if len(times) < len(parts):
-            return Job(case.name, how, count, None, None, case.median)
-        added = sum(times) / len(times) - plain.median
+        seconds = 0.0
+        for name, share in ((name, share) for part in parts for name, share in part.items()):
+            times = rows[name].times
+            if times is None:
+                return Job(case.name, how, count, None, None, case.median)
+            seconds += share * times.median
+        added = seconds / len(parts) - plain.median
         return Job(case.name, how, count, count * plain.median, count * added, case.median)
 
     def _reset_peak(self) -> None:
@@ -342,6 +382,16 @@ class _Bench:
 
     def _peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+
+def _parts(load: _Load) -> list[tuple[_Load, float]]:
+    """What a pass is made of: where gradients are gathered, that is in a share of the forwards, chosen at random."""
+    if load.kind != "gradients":
+        return [(load, 1.0)]
+    return [
+        (replace(load, kind="second", name=f"{load.name}, others"), 1 - gradients.SHARE),
+        (replace(load, name=f"{load.name}, differentiated"), gradients.SHARE),
+    ]
 
 
 def _free_memory() -> None:

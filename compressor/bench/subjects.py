@@ -35,6 +35,7 @@ class Asked:
         packages: Module Packages.
         solver: of single weights and N:M, for a known model.
         layers: shorten each part of the network to so many; None for all.
+        at: a known model, whose size is taken instead of that of a recipe's own network.
     """
 
     size: int | None = None
@@ -45,6 +46,7 @@ class Asked:
     packages: int | None = None
     solver: str | None = None
     layers: int | None = None
+    at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def find(name: str, asked: Asked) -> Subject:
 
 
 def _known(model: KnownModel, asked: Asked) -> Subject:
+    if asked.at is not None:
+        raise CompressorError(f"at has no effect: {model.name} is a known model's size by itself; leave it out")
     family: Family = registry.load("family", model.family)
     size = asked.size or 512
     check_size(model, size)
@@ -141,12 +145,8 @@ def _of_recipe(name: str, asked: Asked) -> Subject:
     if asked.packages is not None:
         given.pop("memory", None)
     loaded = loaded.model_copy(update={"calibration": recipe.Calibration.model_validate(given)})
-    for i, entry in enumerate(loaded.prune):
-        if entry.pruner.moments == "gradients":
-            raise CompressorError(
-                f"{name}: prune[{i}] gathers gradients in some of the forwards, chosen at random, which bench prune "
-                "does not time; leave objective network out, or run the recipe and read its report"
-            )
+    if asked.at is not None:
+        return _at(models.find(asked.at), name, loaded, asked.layers)
     folder = pipelines.open_folder(loaded.model, weights=False)
     height, width = size_of(loaded, folder)
     assert loaded.calibration is not None
@@ -161,6 +161,27 @@ def _of_recipe(name: str, asked: Asked) -> Subject:
         (height, width),
         sampling.guided(folder, loaded.calibration.guidance),
         asked.layers,
+    )
+
+
+def _at(model: KnownModel, name: str, loaded: Recipe, layers: int | None) -> Subject:
+    """What a recipe does, at the size of a known model of any family that has its layers."""
+    family: Family = registry.load("family", model.family)
+    assert loaded.calibration is not None
+    height, width = loaded.calibration.height or 512, loaded.calibration.width or 512
+    for side in (height, width):
+        check_size(model, side)
+    return Subject(
+        f"{name} at {model.name}",
+        model,
+        family,
+        loaded,
+        tuple(f"prune[{i}]" for i in range(len(loaded.prune))),
+        height // VAE_FACTOR,
+        width // VAE_FACTOR,
+        (height, width),
+        family.prompting[0].guided and loaded.calibration.guidance > 1,
+        layers,
     )
 
 

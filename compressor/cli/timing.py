@@ -142,6 +142,7 @@ def sparse(models: tuple[str, ...], output: Path | None, **options: Any) -> None
 @click.option("--batch", type=click.IntRange(1), help="Prompts at a time; 4 if not given, and a recipe's own.")
 @click.option("--packages", type=click.IntRange(1), help="Module Packages; 4 if not given, and a recipe's own.")
 @click.option("--solver", type=click.Choice(["obs", "admm"]), help="Of single weights and 2:4; a recipe has its own.")
+@click.option("--at", metavar="MODEL", help="Time a recipe at this known model's size, instead of its own network's.")
 @click.option("--layers", type=click.IntRange(1), help="Shorten each part of the network to so many.")
 @click.option("--device", default="auto", show_default=True)
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import click.testing
@@ -244,6 +245,12 @@ def test_a_known_models_layers_are_all_that_the_published_tables_count():
     [
         ("", f"should name a recipe or at least one model; known: {', '.join(MODELS | TINY)}"),
         ("sd3-medum", "no model named 'sd3-medum'; did you mean 'sd3-medium'?"),
+        (
+            "tiny-sd3 --at sd3-medium",
+            "at has no effect: tiny-sd3 is a known model's size by itself; leave it out",
+        ),
+        ("quickstart --at sd3-medum", "no model named 'sd3-medum'; did you mean 'sd3-medium'?"),
+        ("quickstart --at tiny-sd3 --size 72", "size: should be a multiple of 16 pixels for tiny-sd3, found 72"),
         ("tiny-sd3 --size 72", "size: should be a multiple of 16 pixels for tiny-sd3, found 72"),
         ("tiny-sd3 --size 64 --output .", "output: should be a file to write, found the folder ."),
         (
@@ -267,13 +274,6 @@ def test_a_mistake_is_told_in_one_sentence(arguments, message):
             "solver has no effect: r.yaml says how its layers are solved; leave it out",
         ),
         (
-            "sd3",
-            "[{obs_diff: {sparsity: 0.5, solver: admm, objective: network}}]",
-            "",
-            "r.yaml: prune[0] gathers gradients in some of the forwards, chosen at random, which bench prune does not "
-            "time; leave objective network out, or run the recipe and read its report",
-        ),
-        (
             "pixart",
             "[{obs_diff: {sparsity: 0.5}}]",
             "--layers 1",
@@ -292,3 +292,45 @@ def test_a_recipe_without_calibration_is_refused():
     )
     found = call("m.yaml")
     assert found.stderr == "error: m.yaml: should have a calibration to be timed, found none\n"
+
+
+def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_of_the_forwards(monkeypatch):
+    seconds = iter(range(1, 100))
+    monkeypatch.setattr(
+        prune, "in_turns", lambda calls, *_: {name: Times((float(next(seconds)),), (0.0,)) for name in calls}
+    )
+    watched: list[tuple[str, int]] = []
+    watch = prune.gathering.watch
+
+    @contextmanager
+    def watching(network, package, kind, *rest):
+        with watch(network, package, kind, *rest) as (moments, next_batch):
+            yield moments, next_batch
+        counts = [int(g.tokens) for m in moments.values() for g in m.gradients.values()]
+        watched.append((kind, min(counts, default=0)))
+
+    monkeypatch.setattr(prune.gathering, "watch", watching)
+    settings = "sparsity: 0.5, solver: admm, refit: true, objective: network"
+    recipe_of("sd2", f"[{{obs_diff: {{{settings}}}}}, {{obs_diff: {{{settings}, spread: 0.1}}}}]", ", packages: 2")
+    found = call("r.yaml --at tiny-sd3 --size 32 --output t.json")
+    assert found.exit_code == 0, found.output
+    assert {kind for kind, _ in watched} == {"second", "gradients"}
+    assert all(tokens > 0 for kind, tokens in watched if kind == "gradients")  # each one was differentiated
+    forwards = tables(found.stdout)[0]
+    names = [row[0] for row in forwards[1:]]
+    both = "prune[0], prune[1]: "
+    assert names == ["plain"] + [
+        f"{both}{what}, {how}"
+        for what in ("package 1 of 2", "package 2 of 2", "all layers", "all layers, 25 % of the tokens")
+        for how in ("others", "differentiated")
+    ]
+    (measured,) = json.loads(Path("t.json").read_text())["models"]
+    assert measured["model"] == "r.yaml at tiny-sd3"
+    jobs = {(job["name"], job["how"]): job for job in measured["extrapolated"]}
+    whole = jobs["prune[0]", "1 package"]
+    assert whole["moments"] == pytest.approx(whole["plain"] * (0.75 * 6 + 0.25 * 7 - 1))
+    each = (0.75 * 2 + 0.25 * 3 + 0.75 * 4 + 0.25 * 5) / 2 - 1
+    for name, passes in (("prune[0]", 2), ("prune[1]", 3)):  # a spread takes the second one twice
+        cut = jobs[name, "2 packages"]
+        assert cut["forwards"] == passes * whole["forwards"]
+        assert cut["moments"] == pytest.approx(cut["forwards"] * each)
