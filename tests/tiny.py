@@ -8,7 +8,7 @@ import io
 import shutil
 import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from compressor import calibration, pipeline, recipe
@@ -100,6 +101,17 @@ def record_inputs(module: nn.Module, store: list[Tensor]) -> RemovableHandle:
         store.append(args[0])
 
     return module.register_forward_pre_hook(hook)
+
+
+def computes_alike(one: nn.Module, other: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether two networks with the same tensors compute the same, to the bit.
+
+    Both are given the first one's, as how a CPU rounds may depend on where in memory a tensor begins.
+    """
+    tensors = dict((*one.named_parameters(), *one.named_buffers()))
+    with torch.no_grad():
+        found = [functional_call(each, tensors, kwargs={**inputs, "return_dict": False})[0] for each in (one, other)]
+    return torch.equal(*found)
 
 
 def quiet() -> Progress:
