@@ -36,10 +36,10 @@ def targets_of(network: Two) -> list[Target]:
     return [dataclasses.replace(known, name=name, module=layer) for name, layer in layers.items()]
 
 
-def gather(network: Two, calls: int, tokens: int) -> dict[str, Gradients]:
+def gather(network: Two, calls: int, tokens: int, scales: gradients.Scales | None = None) -> dict[str, Gradients]:
     targets = targets_of(network)
     sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
-    with torch.no_grad(), gradients.watch(network, targets, sums):
+    with torch.no_grad(), gradients.watch(network, targets, sums, {} if scales is None else scales):
         for call in range(calls):
             x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(call))
             network(x)
@@ -57,9 +57,47 @@ def test_they_are_what_the_jacobian_says():
     sums = gather(network, 40, 2000)
     jacobian_KO = network.second.weight.detach()  # of the output by the first layer's output
     expected_OO = jacobian_KO.T @ jacobian_KO
-    assert (mean(sums["first"]) - expected_OO).norm() < 0.05 * expected_OO.norm()
-    assert (mean(sums["second"]) - torch.eye(2)).norm() < 0.05
+    # over the mean square of all 11 outputs, of which those of the idle layer do nothing
+    unit = (expected_OO.trace() + 2) / 11
+    assert (mean(sums["first"]) * unit - expected_OO).norm() < 0.05 * expected_OO.norm()
+    assert (mean(sums["second"]) * unit - torch.eye(2)).norm() < 0.05
     assert not mean(sums["idle"]).any()
+
+
+def test_every_call_counts_the_same_however_large_its_gradients_are():
+    network = Two()
+    targets = targets_of(network)
+    alone = []
+    for factors in ([1.0], [30.0], [1.0, 30.0]):
+        sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
+        scales: gradients.Scales = {}
+        with torch.no_grad(), gradients.watch(network, targets, sums, scales) as next_batch:
+            for factor in factors:
+                network.second.weight.copy_(factor * Two().second.weight)
+                next_batch(0)
+                network(torch.ones(50, 3))
+                scales.clear()  # as of another batch
+        squares = sum(found.second_BKK.diagonal(dim1=1, dim2=2).sum().item() for found in sums.values())
+        assert squares == pytest.approx(50 * 11 * len(factors))  # a mean of one over all tokens and outputs
+        alone.append(sums["first"].second_BKK)
+    torch.testing.assert_close(alone[2], alone[0] + alone[1])
+
+
+def test_gradients_of_another_package_are_scaled_as_those_of_the_first():
+    network = Two()
+    scales: gradients.Scales = {}
+    together = gather(network, 1, 7, scales)
+    assert list(scales) == [(0, 0)]
+    targets = targets_of(network)[:1]
+    sums = {"first": Gradients.empty(5, torch.device("cpu"))}
+    with torch.no_grad(), gradients.watch(network, targets, sums, scales):
+        network(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(sums["first"].second_BKK, together["first"].second_BKK)
+
+
+def test_a_call_whose_gradients_overflow_is_scaled_by_those_that_do_not():
+    assert gradients._scale([torch.tensor([2.0, torch.inf, torch.nan, 2.0])]) == pytest.approx(0.5)
+    assert gradients._scale([torch.zeros(3)]) == 1
 
 
 def test_a_quarter_of_the_calls_and_always_the_first_are_differentiated_and_the_same_ones_again():
@@ -113,7 +151,7 @@ def test_nothing_is_left_behind(breaks):
     network.second.register_forward_pre_hook(fail)
     x = torch.randn(4, 3)
     try:
-        with torch.no_grad(), gradients.watch(network, targets, sums):
+        with torch.no_grad(), gradients.watch(network, targets, sums, {}):
             (found,) = network(x)
             assert not found.requires_grad
     except Interrupted:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compressor.calibration import gathering, kernels, sampling
 from compressor.calibration.curvature import Gradients
+from compressor.calibration.gradients import Scales
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.timing import Meter
@@ -155,12 +156,14 @@ class Calibration:
             pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length, self._places
         )
         self._changing: list[tuple[Target, int]] = []
+        self._scales: Scales = {}
         self.owners: dict[str, int] = {}
         self.start_over()
 
     def start_over(self) -> None:
         """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
         options, prompts = self._options, self._prompts
+        self._scales.clear()
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
             self._warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
@@ -300,7 +303,10 @@ class Calibration:
         tokens = Tokens(self._options.tokens, self._token_seed)
         weigh = self._weigher(weighting)
         with (
-            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter) as (moments, next_batch),
+            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter, self._scales) as (
+                moments,
+                next_batch,
+            ),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):

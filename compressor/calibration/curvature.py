@@ -22,8 +22,8 @@ class Gradients:
     """Second moments of the gradients g at a layer's outputs, in blocks along the diagonal.
 
     Attributes:
-        second_BKK: sum of g g^T within each block of outputs, float32.
-        tokens: how many tokens were summed; an integer tensor, so that no GPU is waited for.
+        second_BKK: weighted sum of g g^T within each block of outputs, float32.
+        tokens: how many tokens were summed, unweighted; an integer tensor, so that no GPU is waited for.
         skipped: how many had an infinite or undefined entry and were left out; likewise.
         halved: whether the blocks are right on and below their diagonals only, until `finish`.
     """
@@ -40,11 +40,14 @@ class Gradients:
         zero = torch.zeros((), dtype=torch.int64, device=device)
         return cls(torch.zeros(blocks, width, width, device=device), zero, zero.clone())
 
-    def add(self, gradient: Tensor) -> None:
+    def add(self, gradient: Tensor, weight: float = 1.0) -> None:
         """Adds the tokens of one backward pass.
+
+        The weight enters through the products' factor and never through g, which a half-precision dtype would round.
 
         Args:
             gradient: ... x O, in any floating-point dtype; not changed.
+            weight: how much the pass counts.
         """
         width = self.second_BKK.shape[-1]
         kernel = kernels.of(gradient)
@@ -52,7 +55,7 @@ class Gradients:
             found = kernel.read(gradient.reshape(-1, gradient.shape[-1]), None, total=False, squares=False)
             kernel.settle(found, kernel.Sums(self.tokens, self.skipped), 1.0)
             for block, second_KK in enumerate(self.second_BKK):
-                kernel.multiply(second_KK, found, 1.0, first=block * width)
+                kernel.multiply(second_KK, found, weight, first=block * width)
             self.halved = True
             return
         g_TO, good_T = finite(gradient)
@@ -60,7 +63,7 @@ class Gradients:
         self.tokens.add_(good)
         self.skipped.add_(len(g_TO) - good)
         for second_KK, g_TK in zip(self.second_BKK, g_TO.split(width, dim=1), strict=True):
-            second_KK.copy_(add_products(second_KK, g_TK, 1.0))
+            second_KK.copy_(add_products(second_KK, g_TK, weight))
 
     def finish(self) -> None:
         """Completes the blocks."""

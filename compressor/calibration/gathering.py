@@ -26,6 +26,7 @@ def watch(
     weigh: Callable[[Tensor | float], float],
     tokens: Tokens,
     meter: Meter,
+    scales: gradients.Scales | None = None,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """While it lasts, every forward of the network adds to moments.
 
@@ -39,6 +40,7 @@ def watch(
         weigh: how much a forward counts, by its timestep; called once at the beginning of each.
         tokens: draws those that are summed.
         meter: gets the time that adding to the moments of the inputs takes.
+        scales: of calls whose gradients were gathered before, for another package; others are added.
     """
     device = next(network.parameters()).device
     groups = package.every or package.groups
@@ -68,7 +70,9 @@ def watch(
         for g in groups:
             moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
         sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
-        with gradients.watch(network, [target for g in groups for target in g.targets], sums) as of_gradients:
+        with gradients.watch(
+            network, [target for g in groups for target in g.targets], sums, {} if scales is None else scales
+        ) as of_gradients:
 
             def next_batch(prompt: int) -> None:
                 tokens.next_batch(prompt)

@@ -4,13 +4,17 @@ With e ~ N(0, 1) for every element of the network's output and g the gradient of
 output, E[g g^T] is what an error of that token does to the squared error of the network's output, to first order: the
 Gauss-Newton matrix, one of the two factors of K-FAC (Martens and Grosse, "Optimizing Neural Networks with
 Kronecker-factored Approximate Curvature", ICML 2015). Outputs of different blocks are taken to be independent.
+
+Every call counts the same: its g g^T are divided by the mean of g^2 over all its layers. Without that the calls with
+the largest gradients decide: in the built-in Flux pipeline those of the last steps, where gradients are five times as
+large as in the first.
 """
 
 # Shapes: O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,8 +32,14 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 """Kernels that are differentiated: without cuDNN's, whose backward pass failed on an H200 (torch 2.11, float16)."""
 
 
+Scales = dict[tuple[int, int], float]
+"""What a call's g g^T are multiplied by, by the first prompt of its batch and its number in that."""
+
+
 @contextmanager
-def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Gradients]) -> Iterator[Callable[[int], None]]:
+def watch(
+    network: nn.Module, targets: Iterable[Target], sums: dict[str, Gradients], scales: Scales
+) -> Iterator[Callable[[int], None]]:
     """While it lasts, some calls of the network are differentiated, and add to the moments of their layers' gradients.
 
     Only what runs after the first of the layers is recorded for it. The calls are chosen at random, but the first one,
@@ -40,21 +50,23 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Gradien
         network: called without gradients, as pipelines do.
         targets: its layers.
         sums: by the layers' names; each gets sums of g g^T.
+        scales: of calls that are known, as those of another package's pass over the same prompts, which make gradients
+            of both comparable; those of others are added.
     """
     generator = torch.Generator().manual_seed(0)
     kernels = ExitStack()
     outputs: dict[str, Tensor] = {}
-    differentiated, first = False, True
+    differentiated, batch, call = False, 0, -1
 
     def next_batch(prompt: int) -> None:
-        nonlocal first
+        nonlocal batch, call
         generator.manual_seed(prompt)
-        first = prompt == 0
+        batch, call = prompt, -1
 
     def before_network(*_: Any) -> None:
-        nonlocal differentiated, first
-        differentiated = torch.rand((), generator=generator).item() < SHARE or first
-        first = False
+        nonlocal differentiated, call
+        call += 1
+        differentiated = torch.rand((), generator=generator).item() < SHARE or (batch, call) == (0, 0)
         torch.set_grad_enabled(differentiated)
         if differentiated:
             kernels.enter_context(sdpa_kernel(ATTENTION))
@@ -77,8 +89,14 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Gradien
         grads = torch.autograd.grad(output, list(outputs.values()), noise, allow_unused=True)
         torch.set_grad_enabled(False)
         kernels.close()
-        for (name, found), grad in zip(outputs.items(), grads, strict=True):
-            sums[name].add(torch.zeros_like(found) if grad is None else grad)
+        grads = [
+            torch.zeros_like(found) if grad is None else grad
+            for found, grad in zip(outputs.values(), grads, strict=True)
+        ]
+        if (batch, call) not in scales:
+            scales[batch, call] = _scale(grads)
+        for name, grad in zip(outputs, grads, strict=True):
+            sums[name].add(grad, scales[batch, call])
         outputs.clear()
         differentiated = False
         return (output.detach(), *result[1:]) if isinstance(result, tuple) else None
@@ -96,3 +114,12 @@ def watch(network: nn.Module, targets: Iterable[Target], sums: dict[str, Gradien
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_()
+
+
+def _scale(grads: Sequence[Tensor]) -> float:
+    """One over the mean square of all that is finite; 1 where all are zero."""
+    squares = torch.stack(
+        [grad.float().square().nan_to_num(nan=0, posinf=0).sum(dtype=torch.float64) for grad in grads]
+    )
+    mean = squares.sum().item() / sum(grad.numel() for grad in grads)
+    return 1 / mean if mean > 0 else 1.0
