@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import gathering, kernels, sampling
+from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
@@ -154,6 +155,7 @@ class Calibration:
         self._encoded = sampling.encode(
             pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length, self._places
         )
+        self._blocks = Blocks(pipeline.module, pipeline.family, trace) if options.compile else None
         self._changing: list[tuple[Target, int]] = []
         self.owners: dict[str, int] = {}
         self.start_over()
@@ -300,7 +302,10 @@ class Calibration:
         tokens = Tokens(self._options.tokens, self._token_seed)
         weigh = self._weigher(weighting)
         with (
-            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter) as (moments, next_batch),
+            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter, self._blocks) as (
+                moments,
+                next_batch,
+            ),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):
