@@ -1,8 +1,8 @@
 """Gathers the inputs of layers from inside of compiled blocks (`calibration.compile`).
 
 A hook would break a block's graph at every layer. Instead, an operator that torch.compile does not look into hands a
-layer's input to Python. Every layer that may be asked for has one in the graph, in every pass; where nothing is gathered
-it returns at once. So all packages run the same graphs, and alike blocks share one.
+layer's input to Python. Every layer that may be asked for has one in the graph, in every pass; where nothing is
+gathered it returns at once. So all packages run the same graphs, and alike blocks share one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _sinks: dict[int, Sink] = {}
 """By place, while a network gathers: the operator is the process's, and is given nothing but tensors."""
 
 
-@torch.library.custom_op("compressor::gather", mutates_args={"mark"})
+@torch.library.custom_op("compressor::gather", mutates_args={"mark"}, tags=(torch.Tag.flexible_layout,))
 def _gather(x: Tensor, mark: Tensor, place: Tensor) -> None:
     """Hands an input to whoever asked for it.
 
@@ -40,6 +40,8 @@ def _gather(x: Tensor, mark: Tensor, place: Tensor) -> None:
             depends.
         place: the layer's number, on the CPU, where reading it waits for nothing. A tensor, so that it is an input of
             the graph and alike blocks share one.
+
+    The tag lets inductor hand on what it has in memory; else it would keep an input twice, for its strides' sake.
     """
     sink = _sinks.get(int(place))
     if sink is not None:

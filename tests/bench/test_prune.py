@@ -140,6 +140,12 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
     assert all(weight.count_nonzero() == weight.numel() for weight in weights)
 
 
+def test_compiled_forwards_are_refused_where_gradients_are_gathered():
+    found = call(recipe_of("sd3", "[{obs_diff: {sparsity: 0.5, solver: admm, objective: network}}]") + " --compile")
+    assert found.exit_code != 0
+    assert "r.yaml: --compile should be left out where gradients are gathered (objective network)" in found.stderr
+
+
 def test_a_kind_of_forward_is_around_its_calls_alone():
     inside: list[str] = []
 
