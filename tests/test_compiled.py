@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compressor_obs_diff import OBSDiff
 from compressor_obs_diff.weightings import LogDecrease
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from compressor import recipe
 from compressor.calibration import Moments, compiled
 from compressor.errors import CompressorError
+from compressor.measure import Stopwatch
 from compressor.pipeline import Pipeline
 from compressor.plugin import MomentKind
+from compressor.prepare import prepare
 from compressor.structure import find_targets
 from tests import tiny
 
@@ -28,10 +33,9 @@ def _eager_backend(monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
 
 
-def collect(pipeline: Pipeline, kind: MomentKind = "second", **options: object) -> tuple[Found, list[int]]:
+def collect(pipeline: Pipeline, kind: MomentKind = "second", **options: Any) -> tuple[Found, list[int]]:
     """The moments of all layers, adaLN among them, and how many graphs torch made for each package."""
-    options = {"batch": 3, "packages": 3, "steps": 2} | options
-    calibration = tiny.calibrate(pipeline, **options)
+    calibration = tiny.calibrate(pipeline, **({"batch": 3, "packages": 3, "steps": 2} | options))
     found: Found = {}
     graphs: list[int] = []
     for package in calibration.packages(find_targets(pipeline.module, pipeline.family, adaln=True), kind):
@@ -115,7 +119,8 @@ def test_inductor_gives_the_eager_moments(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "granularity", ["unstructured", {"structured": {"heads": 0.5, "neurons": 0.25, "multiple": 1}}]
+    "granularity",
+    ["unstructured", {"structured": {"heads": 0.5, "neurons": 0.25, "multiple": 1, "keep_first": 0, "keep_last": 0}}],
 )
 def test_pruning_with_compiled_forwards_sees_weights_as_pruned_so_far(granularity):
     """Weights change in place between packages; values of an earlier one would be found again in the result."""
@@ -173,10 +178,9 @@ def test_a_block_that_cannot_be_compiled_says_what_would_do_in_torchs_words():
 
 
 def test_memory_that_runs_out_while_compiling_is_memory_that_ran_out():
-    exceptions = torch._dynamo.exc
     memory = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError), compiled._explained():
-        raise exceptions.BackendCompilerFailed(len, memory, None)
+        raise BackendCompilerFailed(len, memory, None)
 
 
 def test_where_nothing_compiles_the_check_says_so(monkeypatch):
@@ -198,6 +202,23 @@ def test_where_nothing_compiles_the_check_says_so(monkeypatch):
         compiled.check(torch.device("cuda"))
     with pytest.raises(CompressorError, match="has been tried on cpu and cuda alone, found 'mps'"):
         compiled.check(torch.device("mps"))
+
+
+def test_a_run_asks_for_a_compiler_before_anything_is_loaded(monkeypatch, tmp_path):
+    def none(_device: torch.device) -> None:
+        raise CompressorError("calibration.compile: nothing compiles here")
+
+    monkeypatch.setattr(compiled, "check", none)
+    monkeypatch.setattr("compressor.pipeline.load", lambda *_args, **_options: pytest.fail("it was loaded"))
+    data = {
+        "model": str(tiny.folder("sd3")),
+        "device": "cpu",
+        "calibration": {"prompts": ["a"], "height": 16, "width": 16, "compile": True},
+        "prune": [{"obs_diff": {"sparsity": 0.5}}],
+        "output": str(tmp_path / "out"),
+    }
+    with pytest.raises(CompressorError, match="nothing compiles here"):
+        prepare(recipe.Recipe.model_validate(data), Path(data["output"]), Stopwatch(), tiny.quiet())
 
 
 def test_gradients_are_not_gathered_through_compiled_blocks():
