@@ -35,7 +35,8 @@ def _eager_backend(monkeypatch):
 
 def collect(pipeline: Pipeline, kind: MomentKind = "second", **options: Any) -> tuple[Found, list[int]]:
     """The moments of all layers, adaLN among them, and how many graphs torch made for each package."""
-    calibration = tiny.calibrate(pipeline, **({"batch": 3, "packages": 3, "steps": 2} | options))
+    given: dict[str, Any] = {"batch": 3, "packages": 3, "steps": 2} | options
+    calibration = tiny.calibrate(pipeline, **given)
     found: Found = {}
     graphs: list[int] = []
     for package in calibration.packages(find_targets(pipeline.module, pipeline.family, adaln=True), kind):

@@ -150,7 +150,7 @@ def test_compiled_forwards_are_refused_where_gradients_are_gathered():
 
 
 def test_compiled_forwards_are_timed_beside_eager_ones_and_compiling_counts_once(monkeypatch):
-    """Every forward's time is made up; a clock that only first calls move tells what compiling takes."""
+    """Times of turns are made up; first calls are real ones."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     monkeypatch.setattr(forwards, "compile_blocks", functools.partial(compile_blocks, backend="eager"))
     made_up = iter(range(1, 100))
