@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor import checkpoint, pictures, prompts
 from compressor import pipeline as pipelines
-from compressor.calibration import Calibration, sampling
+from compressor.calibration import Calibration, compiled, sampling
 from compressor.entries import Entry, check_apart, enter, explain_left_out
 from compressor.errors import CompressorError
 from compressor.measure import Stopwatch, versions
@@ -133,8 +133,10 @@ def prepare(
             check_apart(planned)
             if shrink_twin(planned):
                 trace_at(twin, recipe, folder)  # or this is where it would fail
-        progress.say(f"loading {recipe.model.source}")
         device = ranks.device(recipe.device)
+        if calibrating and recipe.calibration is not None and recipe.calibration.compile:
+            compiled.check(pipelines.pick_device(device))
+        progress.say(f"loading {recipe.model.source}")
         pipeline = pipelines.load(recipe.model, device, folder, turns=recipe.offload == "model")
         watch.device = pipeline.device
         explained = (*explain_guidance(recipe, folder), *explain_left_out(planned), *explain_dense(recipe))

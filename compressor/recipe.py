@@ -93,6 +93,11 @@ class Calibration(Options):
     memory: Bytes | None = Field(
         default=None, description="instead of packages: the most that moments may take at a time, as 8GiB"
     )
+    compile: bool = Field(
+        default=False,
+        description="whether the network's blocks run under torch.compile while it is sampled; the first forwards "
+        "then take longer",
+    )
 
     @model_validator(mode="after")
     def _check_one(self) -> Calibration:
@@ -204,6 +209,11 @@ class Recipe(Options):
             if entry.pruner.moments != "none" and self.calibration is None:
                 name = Choice("pruner").name(entry.pruner)
                 raise ValueError(f"calibration is missing: prune[{i}].{name} needs the inputs of its layers")
+            if entry.pruner.moments == "gradients" and self.calibration is not None and self.calibration.compile:
+                raise ValueError(
+                    f"calibration.compile should be false where gradients are gathered, as prune[{i}] asks (objective "
+                    "network): they are taken through eager blocks; remove it"
+                )
         if self.prune and self.report.images and self.report.prompts is None and self.calibration is None:
             raise ValueError(
                 "report.prompts is missing: without a calibration there are no prompts to draw images from"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from compressor import registry
 from compressor.errors import CompressorError
 from compressor.pipeline import Folder, Pipeline
-from compressor.structure import Family, find_targets
+from compressor.structure import Family, compile_blocks, find_targets
 
 Extent = Literal["blocks", "network"]
 """What is compiled in one piece: every block by itself, alike ones once, or the whole network."""
@@ -48,21 +46,9 @@ def compiled(
     shared = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
     if extent == "network":
         shared.compile(dynamic=False)
-    for name, module in shared.named_modules() if extent == "blocks" else ():
-        if any(re.fullmatch(table.pattern, name) for table in family.blocks):
-            module.compile(dynamic=False, fullgraph=True)
+    else:
+        compile_blocks(shared, family, fullgraph=True)
     return eager(shared, arguments)
-
-
-@contextmanager
-def many_shapes() -> Iterator[None]:
-    """While it lasts, torch compiles as many versions of one block as there are shapes of it.
-
-    Blocks whose widths differ need a version each; torch gives up after eight, and then runs eagerly or fails.
-    """
-    config: Any = import_module("torch._dynamo.config")
-    with config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
-        yield
 
 
 def onnx(

@@ -16,8 +16,10 @@ from torch import Tensor
 from compressor.bench import forwards, models, networks, prune_table, results, subjects
 from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
 from compressor.bench.subjects import Asked, Subject
-from compressor.bench.timing import Times, in_turns
+from compressor.bench.timing import in_turns
 from compressor.calibration import Calibration, Moments, Package, StepCounter, gathering, gradients
+from compressor.calibration.compiled import Blocks
+from compressor.calibration.compiled import check as check_compiler
 from compressor.calibration.packages import cut
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
@@ -28,12 +30,13 @@ from compressor.output import write_whole
 from compressor.pipeline import pick_device
 from compressor.plugin import MomentKind, Removed, Weighting
 from compressor.progress import Progress
-from compressor.structure import Target, Trace, trace
+from compressor.structure import Target, Trace, many_shapes, trace
 from compressor.units import several
 
 T = TypeVar("T")
 
 PLAIN = "plain"
+COMPILED = prune_table.COMPILED
 SHARE = 0.25
 """Of the tokens, in the row that takes only some of them."""
 
@@ -80,6 +83,8 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
         raise CompressorError(f"device: should be cpu or cuda to be timed, found '{device}'")
     found = [subjects.find(name, settings.asked) for name in dict.fromkeys(settings.models)]
     dtype = settings.dtype or ("float16" if device.type == "cuda" else "float32")
+    if any(subject.calibration.compile for subject in found):
+        check_compiler(device)
     plans = [_plan(subject) for subject in found]  # on the meta device, to fail before the work
     if output is not None:
         results.claim(output)
@@ -109,12 +114,13 @@ def _packages(subject: Subject, seen: Trace, entry: Entry) -> tuple[Package, ...
 
 @dataclass(frozen=True)
 class _Load:
-    """What one kind of forward gathers."""
+    """What one kind of forward gathers, and whether it runs compiled."""
 
     name: str
     package: Package
     kind: MomentKind
     share: float
+    compiled: bool = False
 
 
 _Part = Mapping[str, float]
@@ -175,11 +181,17 @@ class _Bench:
         self._timestep = float(cast(Tensor, given["timestep"]).reshape(-1)[0])
         self.forward = forwards.eager(self._network, given)
         self._forward: Callable[[], object] = self.forward
+        self._plain: dict[str, Callable[[], object]] = {PLAIN: self.forward}
+        self._blocks: Blocks | None = None
+        if subject.calibration.compile:
+            self._blocks = Blocks(self._network, subject.family, seen)
+            self._plain[PLAIN + COMPILED] = forwards.compiled(self._network, subject.family, "blocks", given)
         self._entries = enter(subject.recipe, "network", self._network, subject.family, seen)
 
     def measure(self) -> Measured:
         """Forwards, solves, and what a whole job would take."""
-        rows = self._time_forwards(self._loads())
+        with many_shapes():
+            rows = self._time_forwards(self._loads())
         cases = self._time_solves(rows[PLAIN].plain.median)
         jobs = [job for entry, case in zip(self._entries, cases, strict=True) for job in self._jobs(entry, case, rows)]
         return Measured(
@@ -203,7 +215,13 @@ class _Bench:
         tokens = Tokens(load.share, 0)
         meter = Meter(self._device)
         with gathering.watch(
-            self._network, load.package, load.kind, lambda timestep: 1.0 + counter.step(timestep), tokens, meter
+            self._network,
+            load.package,
+            load.kind,
+            lambda timestep: 1.0 + counter.step(timestep),
+            tokens,
+            meter,
+            self._blocks if load.compiled else None,
         ) as (moments, next_batch):
 
             def forward() -> object:
@@ -235,6 +253,11 @@ class _Bench:
             }
             if len(cuts) == 1 and share == 1:
                 loads["packages"] = loads["all"]
+            if self._blocks is not None:
+                loads |= {
+                    place + COMPILED: [replace(load, name=load.name + COMPILED, compiled=True) for load in these]
+                    for place, these in loads.items()
+                }
             names: dict[str, list[_Part]] = {}
             for place, these in loads.items():
                 parts = [_parts(load) for load in these]
@@ -248,19 +271,22 @@ class _Bench:
         repeats = self._settings.repeats or (20 if on_gpu else 5)
         peaks: dict[str, int | None] = {}
         notes: dict[str, str] = {}
-        for name in (PLAIN, *loads):  # a first forward of each, for its memory
+        firsts: dict[str, float] = {}
+        every = (*self._plain, *loads)
+        for name in every:  # a first forward of each, for its memory, and to compile
             self._reset_peak()
             try:
                 with self._around(loads)(name):
+                    start = self.clock()
                     self._forward()
-                    self.clock()
+                    firsts[name] = self.clock() - start
                 peaks[name] = self._peak()
             except RuntimeError as error:
                 if name == PLAIN or not out_of_memory(error):
                     raise
                 notes[name] = "memory ran out"
                 _free_memory()
-        names = [name for name in (PLAIN, *loads) if name not in notes]
+        names = [name for name in every if name not in notes]
         with self._progress.task(f"{self.subject.name}: timing forwards", repeats * len(names)) as advance:
             times = in_turns(
                 dict.fromkeys(names, self._timed),
@@ -280,8 +306,9 @@ class _Bench:
                 times[PLAIN],
                 peaks.get(name),
                 notes.get(name),
+                firsts.get(name),
             )
-            for name in (PLAIN, *loads)
+            for name in every
         }
 
     def _timed(self) -> object:
@@ -291,10 +318,11 @@ class _Bench:
     def _around(self, loads: Mapping[str, _Load]) -> Callable[[str], AbstractContextManager[object]]:
         @contextmanager
         def around(name: str) -> Iterator[None]:
-            if name not in loads:
-                yield
-                return
-            with self.gathering(loads[name]) as (_, self._forward):
+            if name in loads:
+                with self.gathering(loads[name]) as (_, self._forward):
+                    yield
+            else:
+                self._forward = self._plain[name]
                 yield
             self._forward = self.forward
 
@@ -350,31 +378,40 @@ class _Bench:
 
     def _jobs(self, entry: Entry, case: Case, rows: Mapping[str, ForwardRow]) -> Iterator[Job]:
         """What the job would take with one package, some tokens, and the recipe's packages."""
-        plain = rows[PLAIN].times
-        assert plain is not None
         if entry.where not in self._names:
             yield Job(case.name, "no calibration", 0, 0.0, 0.0, case.median)
             return
         names = self._names[entry.where]
-        for how, place in (("1 package", "all"), (f"1 package, {100 * SHARE:g} % of the tokens", "some")):
-            yield self._job(case, how, names[place], rows, 1, plain)
-        parts = names["packages"]
-        if names["packages"] != names["all"]:
-            passes = entry.pruner.passes(len(parts))
-            yield self._job(case, several(len(parts), "package"), parts, rows, passes, plain)
+        for end in ("", COMPILED) if self._blocks is not None else ("",):
+            for how, place in (("1 package", "all"), (f"1 package, {100 * SHARE:g} % of the tokens", "some")):
+                yield self._job(case, how + end, names[place + end], rows, 1)
+            parts = names["packages" + end]
+            if names["packages"] != names["all"]:
+                passes = entry.pruner.passes(len(parts))
+                yield self._job(case, several(len(parts), "package") + end, parts, rows, passes)
 
-    def _job(
-        self, case: Case, how: str, parts: Sequence[_Part], rows: Mapping[str, ForwardRow], passes: int, plain: Times
-    ) -> Job:
+    def _job(self, case: Case, how: str, parts: Sequence[_Part], rows: Mapping[str, ForwardRow], passes: int) -> Job:
         count = self.subject.forwards * passes
+        compiled = how.endswith(COMPILED)
+        plain = rows[PLAIN + COMPILED if compiled else PLAIN].times
         seconds = 0.0
         for name, share in ((name, share) for part in parts for name, share in part.items()):
             times = rows[name].times
-            if times is None:
+            if times is None or plain is None:
                 return Job(case.name, how, count, None, None, case.median)
             seconds += share * times.median
+        assert plain is not None
         added = seconds / len(parts) - plain.median
-        return Job(case.name, how, count, count * plain.median, count * added, case.median)
+        compiling = self._compiling(rows) if compiled else 0.0
+        return Job(case.name, how, count, count * plain.median, count * added, case.median, compiling)
+
+    def _compiling(self, rows: Mapping[str, ForwardRow]) -> float:
+        """Seconds, once in a job: all kinds of moments run the same graphs, which the first forward compiles."""
+        return max(
+            row.first - row.times.median
+            for name, row in rows.items()
+            if name.endswith(COMPILED) and name != PLAIN + COMPILED and row.first is not None and row.times is not None
+        )
 
     def _reset_peak(self) -> None:
         if self._device.type == "cuda":

@@ -30,6 +30,8 @@ SOLVES = (
     "error",
     "peak memory",
 )
+COMPILED = ", compiled"
+"""Behind the name of a compiled forward."""
 JOBS = ("whole job, extrapolated", "calibrated in", "forwards", "forwards alone", "moments", "solves", "together")
 
 
@@ -45,6 +47,7 @@ class ForwardRow:
         plain: the plain forward's.
         peak: the most bytes allocated on the GPU, the network's among them; None on the CPU.
         note: why it could not run.
+        first: seconds of the first call, in which a compiled one is compiled; None if it could not run.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ForwardRow:
     plain: Times
     peak: int | None
     note: str | None
+    first: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -127,6 +131,7 @@ class Job:
         plain: seconds that these take without moments; None if a kind of forward could not run.
         moments: seconds that the moments add; None likewise.
         solves: seconds.
+        compiling: seconds that are spent once before compiled forwards; 0 for eager ones.
     """
 
     name: str
@@ -135,11 +140,14 @@ class Job:
     plain: float | None
     moments: float | None
     solves: float
+    compiling: float = 0.0
 
     @property
     def seconds(self) -> float | None:
         """All together."""
-        return None if self.plain is None or self.moments is None else self.plain + self.moments + self.solves
+        if self.plain is None or self.moments is None:
+            return None
+        return self.compiling + self.plain + self.moments + self.solves
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,7 @@ def as_text(device: torch.device, dtype: str, measured: Sequence[Measured]) -> s
     lines = [f"{where}; torch {versions['torch']}, diffusers {versions['diffusers']}; random weights, {dtype}"]
     for found in measured:
         lines += ["", *_head(found), "", *_table(FORWARDS, [_forward(row) for row in found.forwards])]
+        lines += _first_calls(found)
         lines += ["", *_table(SOLVES, [cells for case in found.cases for cells in _case(case)])]
         lines += ["", *_explain(found), "", *_table(JOBS, [_job(job) for job in found.jobs])]
     if not any(row.peak for found in measured for row in found.forwards):
@@ -231,6 +240,16 @@ def _explain(found: Measured) -> list[str]:
     ]
 
 
+def _first_calls(found: Measured) -> list[str]:
+    """What compiling took, where something was compiled."""
+    rows = [row for row in found.forwards if row.name.endswith(COMPILED) and row.first is not None]
+    if not rows:
+        return []
+    longest = max(rows[1:], key=lambda row: row.first or 0.0, default=None)
+    moments = "" if longest is None else f", {duration(longest.first or 0.0)} with moments, once for all kinds of them"
+    return ["", f"The first compiled forward took {duration(rows[0].first or 0.0)}{moments}; that is compiling."]
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         f"| {' | '.join(columns)} |",
@@ -283,7 +302,8 @@ def _case(case: Case) -> list[tuple[str, ...]]:
 def _job(job: Job) -> tuple[str, ...]:
     parts = [DASH if seconds is None else duration(seconds) for seconds in (job.plain, job.moments)]
     together = DASH if job.seconds is None else duration(job.seconds)
-    return job.name, job.how, str(job.forwards), *parts, duration(job.solves), together
+    how = f"{job.how} ({duration(job.compiling)} of it compiling)" if job.compiling else job.how
+    return job.name, how, str(job.forwards), *parts, duration(job.solves), together
 
 
 def _milliseconds(seconds: float) -> str:

@@ -21,7 +21,7 @@ from compressor.bench.settings import Conditions, Settings, conditions, threads
 from compressor.bench.timing import in_turns
 from compressor.output import write_whole
 from compressor.progress import Progress
-from compressor.structure import Family, find_groups
+from compressor.structure import Family, find_groups, many_shapes
 from compressor.units import count
 
 
@@ -44,7 +44,7 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
     if output is not None:
         results.claim(output)
     rows: list[Row] = []
-    with threads(settings.threads), forwards.many_shapes():
+    with threads(settings.threads), many_shapes():
         for model, family, plans in planned:
             progress.say(f"{model.name}: building {count(plans[0].dense_parameters)} random weights")
             for row in _timed(_Bench(model, family, settings, found), plans):

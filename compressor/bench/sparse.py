@@ -26,7 +26,7 @@ from compressor.output import write_whole
 from compressor.pipeline import pick_device
 from compressor.progress import Progress
 from compressor.sparsity import lowest_of_groups
-from compressor.structure import Family, find_targets
+from compressor.structure import Family, find_targets, many_shapes
 from compressor.two_four import layers, product
 from compressor.two_four.choice import Measuring
 from compressor.units import several
@@ -118,7 +118,7 @@ def run(settings: Settings, progress: Progress, output: Path | None) -> str:
     if output is not None:
         results.claim(output)
     rows: list[Row] = []
-    with forwards.many_shapes():
+    with many_shapes():
         for model in found:
             for row in _timed(model, settings, device, progress):
                 rows.append(row)

@@ -36,6 +36,7 @@ class Asked:
         solver: of single weights and N:M, for a known model.
         layers: shorten each part of the network to so many; None for all.
         at: a known model, whose size is taken instead of that of a recipe's own network.
+        compile: time compiled forwards, too, as `calibration.compile` has them.
     """
 
     size: int | None = None
@@ -47,6 +48,7 @@ class Asked:
     solver: str | None = None
     layers: int | None = None
     at: str | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def _of_recipe(name: str, asked: Asked) -> Subject:
     if asked.packages is not None:
         given.pop("memory", None)
     loaded = loaded.model_copy(update={"calibration": recipe.Calibration.model_validate(given)})
+    if asked.compile and any(entry.pruner.moments == "gradients" for entry in loaded.prune):
+        raise CompressorError(f"{name}: --compile should be left out where gradients are gathered (objective network)")
     if asked.at is not None:
         return _at(models.find(asked.at), name, loaded, asked.layers)
     folder = pipelines.open_folder(loaded.model, weights=False)
@@ -193,6 +197,7 @@ def _calibration(asked: Asked) -> dict[str, Any]:
         "guidance": asked.guidance,
         "batch": asked.batch,
         "packages": asked.packages,
+        "compile": asked.compile or None,
     }
     return {key: value for key, value in given.items() if value is not None}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import gathering, kernels, sampling
+from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.gradients import Scales
 from compressor.calibration.moments import Moments
@@ -155,6 +156,7 @@ class Calibration:
         self._encoded = sampling.encode(
             pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length, self._places
         )
+        self._blocks = Blocks(pipeline.module, pipeline.family, trace) if options.compile else None
         self._changing: list[tuple[Target, int]] = []
         self._scales: Scales = {}
         self.owners: dict[str, int] = {}
@@ -303,7 +305,7 @@ class Calibration:
         tokens = Tokens(self._options.tokens, self._token_seed)
         weigh = self._weigher(weighting)
         with (
-            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter, self._scales) as (
+            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter, self._blocks, self._scales) as (
                 moments,
                 next_batch,
             ),

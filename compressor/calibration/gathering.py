@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from compressor.calibration import gradients
+from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package
@@ -26,6 +27,7 @@ def watch(
     weigh: Callable[[Tensor | float], float],
     tokens: Tokens,
     meter: Meter,
+    blocks: Blocks | None = None,
     scales: gradients.Scales | None = None,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """While it lasts, every forward of the network adds to moments.
@@ -40,8 +42,10 @@ def watch(
         weigh: how much a forward counts, by its timestep; called once at the beginning of each.
         tokens: draws those that are summed.
         meter: gets the time that adding to the moments of the inputs takes.
+        blocks: of the network, if they are to run compiled; not with `gradients`.
         scales: of calls whose gradients were gathered before, for another package; others are added.
     """
+    assert blocks is None or kind != "gradients", "hooks on outputs would break the blocks' graphs"
     device = next(network.parameters()).device
     groups = package.every or package.groups
     moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in groups}
@@ -53,32 +57,39 @@ def watch(
         weight = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
         tokens.next_forward()
 
-    def before_layer(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def adding(group: Group) -> Callable[[Tensor], None]:
+        def add(x: Tensor) -> None:
             with meter.block():
-                place_K, each = tokens.draw(args[0])
-                moments[group.name].add(args[0].detach(), weight * each, place_K)
+                place_K, each = tokens.draw(x)
+                moments[group.name].add(x.detach(), weight * each, place_K)
 
-        return hook
+        return add
 
+    def before_layer(add: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: add(args[0])
+
+    inside = [g for g in groups if blocks is not None and blocks.covers(g.targets[0])]
+    outside = [g for g in groups if blocks is None or not blocks.covers(g.targets[0])]
     handles = [network.register_forward_pre_hook(before_network, with_kwargs=True)]
-    handles += [g.targets[0].module.register_forward_pre_hook(before_layer(g)) for g in groups]
+    handles += [g.targets[0].module.register_forward_pre_hook(before_layer(adding(g))) for g in outside]
+    of_blocks = blocks.gathering([(g.targets[0], adding(g)) for g in inside]) if blocks is not None else nullcontext()
     try:
-        if kind != "gradients":
-            yield moments, tokens.next_batch
-            return
-        for g in groups:
-            moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
-        sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
-        with gradients.watch(
-            network, [target for g in groups for target in g.targets], sums, {} if scales is None else scales
-        ) as of_gradients:
+        with of_blocks:
+            if kind != "gradients":
+                yield moments, tokens.next_batch
+                return
+            for g in groups:
+                moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
+            sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
+            with gradients.watch(
+                network, [target for g in groups for target in g.targets], sums, {} if scales is None else scales
+            ) as of_gradients:
 
-            def next_batch(prompt: int) -> None:
-                tokens.next_batch(prompt)
-                of_gradients(prompt)
+                def next_batch(prompt: int) -> None:
+                    tokens.next_batch(prompt)
+                    of_gradients(prompt)
 
-            yield moments, next_batch
+                yield moments, next_batch
     finally:
         for handle in handles:
             handle.remove()

@@ -144,6 +144,7 @@ def sparse(models: tuple[str, ...], output: Path | None, **options: Any) -> None
 @click.option("--solver", type=click.Choice(["obs", "admm"]), help="Of single weights and 2:4; a recipe has its own.")
 @click.option("--at", metavar="MODEL", help="Time a recipe at this known model's size, instead of its own network's.")
 @click.option("--layers", type=click.IntRange(1), help="Shorten each part of the network to so many.")
+@click.option("--compile", is_flag=True, help="Time compiled forwards, too; a recipe may ask for it itself.")
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--dtype",

@@ -17,6 +17,7 @@ from compressor.structure.family import (
 from compressor.structure.graph import cross_check
 from compressor.structure.groups import Group, consumers, find_groups, magnitudes, unfuse, within
 from compressor.structure.proof import Proof, shrink
+from compressor.structure.regional import compile_blocks, many_shapes
 from compressor.structure.removal import Snapshot, keep, remove, zero
 from compressor.structure.trace import Trace, trace
 
@@ -33,6 +34,7 @@ __all__ = [
     "Snapshot",
     "Target",
     "Trace",
+    "compile_blocks",
     "consumers",
     "cross_check",
     "discover",
@@ -40,6 +42,7 @@ __all__ = [
     "find_targets",
     "keep",
     "magnitudes",
+    "many_shapes",
     "remove",
     "select",
     "shrink",

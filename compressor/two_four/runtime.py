@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from compressor.errors import CompressorError
-from compressor.structure import Family
+from compressor.structure import Family, compile_blocks, many_shapes
 from compressor.two_four import layers, product
 from compressor.two_four.layers import Decide, TwoFourLinear
 from compressor.units import several
@@ -42,9 +40,7 @@ def install(network: nn.Module, family: Family, decide: Decide, say: Callable[[s
         )
     placed = layers.replace(network, found)
     forward = Forward(network.forward, placed, decide, say)
-    for name, module in network.named_modules():
-        if any(re.fullmatch(table.pattern, name) for table in family.blocks):
-            module.compile(dynamic=False)
+    compile_blocks(network, family, fullgraph=False)
     network.forward = forward
     return forward
 
@@ -83,8 +79,7 @@ class Forward:
         device = next(iter(self._layers.values())).weight.device
         static = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, form)
-        config: Any = import_module("torch._dynamo.config")
-        with config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        with many_shapes():
             with torch.compiler.set_stance("force_eager"):
                 seen = layers.observe(self._layers, lambda: self._forward(*args, **kwargs))
             self.sparse.append(layers.decide_all(self._layers, seen, self._decide))

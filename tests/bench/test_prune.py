@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,16 @@ import torch
 from compressor_obs_diff import layers
 
 from compressor import calibration
-from compressor.bench import models, networks, prune, subjects, timing
+from compressor.bench import forwards, models, networks, prune, subjects, timing
 from compressor.bench.models import MODELS
 from compressor.bench.subjects import Asked
 from compressor.bench.timing import Times
-from compressor.calibration import Moments
+from compressor.calibration import Moments, compiled
 from compressor.cli import main
 from compressor.entries import enter
-from compressor.units import DASH
+from compressor.errors import CompressorError
+from compressor.structure import compile_blocks
+from compressor.units import DASH, duration
 from tests import tiny
 from tests.bench.test_shrunk import TINY
 
@@ -138,6 +141,70 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
     assert seen["add"] == 9 * (inputs + of_structured) + 2 * inputs + of_structured
     weights = [target.module.weight for target in bench._entries[0].component.targets]
     assert all(weight.count_nonzero() == weight.numel() for weight in weights)
+
+
+def test_compiled_forwards_are_refused_where_gradients_are_gathered():
+    found = call(recipe_of("sd3", "[{obs_diff: {sparsity: 0.5, solver: admm, objective: network}}]") + " --compile")
+    assert found.exit_code != 0
+    assert "r.yaml: --compile should be left out where gradients are gathered (objective network)" in found.stderr
+
+
+def test_compiled_forwards_are_timed_beside_eager_ones_and_compiling_counts_once(monkeypatch):
+    """Times of turns are made up; first calls are real ones."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(forwards, "compile_blocks", functools.partial(compile_blocks, backend="eager"))
+    made_up = iter(range(1, 100))
+
+    def in_turns(calls, repeats, in_a_row, warmups, device, around, advance):
+        for name, call in calls.items():
+            with around(name):
+                call()
+        return {name: Times((next(made_up) / 1000,), (0.0,)) for name in calls}
+
+    monkeypatch.setattr(prune, "in_turns", in_turns)
+    arguments = "tiny-sd3 --size 64 --batch 1 --prompts 10 --steps 7 --layers 1 --packages 1 --output p.json"
+    plain = tables(call(arguments).stdout)
+    made_up = iter(range(1, 100))
+    found = call(arguments + " --compile")
+    assert found.exit_code == 0, found.stderr
+    data = json.loads(Path("p.json").read_text())["models"][0]
+    assert data["calibration"]["compile"] is True
+    rows = {row["name"]: row for row in data["forwards"]}
+    eager = [name for name in rows if not name.endswith(", compiled")]
+    assert eager == [row[0] for row in plain[0][1:]]
+    assert sorted(rows) == sorted([*eager, *(f"{name}, compiled" for name in eager)])
+    with_moments = [row for name, row in rows.items() if name.endswith(", compiled") and row["inputs"]]
+    compiling = max(row["first"] - row["times"]["seconds"][0] for row in with_moments)
+    of_plain = rows["plain, compiled"]["times"]["seconds"][0]
+    jobs = {(job["name"], job["how"]): job for job in data["extrapolated"]}
+    for (name, how), job in jobs.items():
+        assert job["compiling"] == (compiling if how.endswith(", compiled") else 0)
+        assert job["seconds"] == pytest.approx(job["plain"] + job["moments"] + job["solves"] + job["compiling"])
+        assert job["forwards"] == 70
+        if how.endswith(", compiled"):
+            assert job["plain"] == pytest.approx(70 * of_plain)
+            row = rows[next(k for k in rows if name in k and k.endswith(how.replace("1 package", "all layers")))]
+            assert job["plain"] + job["moments"] == pytest.approx(70 * row["times"]["seconds"][0])
+    assert any(
+        row[1].startswith("1 package, compiled (") and "of it compiling)" in row[1] for row in tables(found.stdout)[2]
+    )
+    assert f"The first compiled forward took {duration(rows['plain, compiled']['first'])}, " in found.stdout
+    longest = duration(max(row["first"] for row in with_moments))
+    assert f"{longest} with moments, once for all kinds of them; that is compiling." in found.stdout
+
+
+def test_a_recipe_decides_itself_whether_compiled_forwards_are_timed(monkeypatch):
+    asked: list[torch.device] = []
+
+    def check(device: torch.device) -> None:
+        asked.append(device)
+        raise CompressorError("calibration.compile: nothing compiles here")
+
+    monkeypatch.setattr(prune, "check_compiler", check)
+    found = call(recipe_of("sd3", "[{obs_diff: {sparsity: 0.5}}]", ", compile: true"))
+    assert found.exit_code != 0
+    assert "calibration.compile: nothing compiles here" in found.stderr
+    assert asked == [torch.device("cpu")]
 
 
 def test_a_kind_of_forward_is_around_its_calls_alone():
