@@ -98,19 +98,9 @@ def test_alike_blocks_share_one_graph(monkeypatch):
     assert graphs[0] < len(blocks)
 
 
-def test_functionalised_graphs_keep_every_call_and_its_order(monkeypatch):
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
-    pipeline = tiny.load("sd3")
-    torch.compiler.reset()
-    expected, _ = collect(pipeline, tokens=0.5)
-    found, graphs = collect(pipeline, tokens=0.5, compile=True)
-    assert graphs[1:] == [0, 0]
-    assert_equal(found, expected)
-
-
-@pytest.mark.slow
-def test_inductor_gives_the_eager_moments(monkeypatch):
-    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_graphs_that_are_lowered_keep_every_call_and_its_order(backend, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", backend)
     pipeline = tiny.load("sd3")
     torch.compiler.reset()
     expected, _ = collect(pipeline, tokens=0.5)
