@@ -13,7 +13,8 @@ a full panel is applied by matrix products.
 
 What is gone stays in all tensors, and nothing of it reaches what is left: entry c of a row of U or V concerns column c
 only. So no step depends on what was chosen but by indices on the device. A GPU is not waited for after a removal, and
-each of its steps is made for as many problems as are given.
+each of its steps is made for as many problems as are given. Where single inputs leave, the steps that fill a panel are
+recorded once in a CUDA graph and replayed.
 """
 
 # Shapes: P problems, S streams of each, N = P S; O outputs, I inputs; as of the last inversion: G groups left, D inputs
@@ -86,17 +87,59 @@ class Search:
         Returns:
             Which groups, P x R, and what each cost each stream, P x S x R.
         """
-        problems, streams = len(self.gone_PG), self.streams
-        costs = [torch.zeros(problems, streams, 0, dtype=torch.float64, device=self.gone_PG.device)]
-        for step in range(count):
-            costs_PSG = self.costs()
-            place_P1 = cheapest(costs_PSG, self.out_PG, energy_PS, fusion)
-            costs.append(costs_PSG.gather(2, place_P1[:, None].expand(-1, streams, 1)))
-            if step < count - 1:
+        costs = [torch.zeros(*energy_PS.shape, 0, dtype=torch.float64, device=self.gone_PG.device)]
+        done = 0
+        while done < count:
+            if PANEL <= done < count - PANEL and self._repeats():  # behind a first panel, which has loaded the kernels
+                costs.append(self._remove_panel(energy_PS, fusion))
+                done += PANEL
+                continue
+            place_P1, costs_PS1 = self._choose(energy_PS, fusion)
+            costs.append(costs_PS1)
+            done += 1
+            if done < count:
                 self.remove(place_P1)
             else:
                 self.places.append(place_P1)
         return torch.cat([*self.order, self._chosen()], dim=1), torch.cat(costs, dim=2)
+
+    def _choose(self, energy_PS: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
+        """The place of the cheapest group of each problem, P x 1, and what it costs each stream, P x S x 1."""
+        costs_PSG = self.costs()
+        place_P1 = cheapest(costs_PSG, self.out_PG, energy_PS, fusion)
+        return place_P1, costs_PSG.gather(2, place_P1[:, None].expand(-1, self.streams, 1))
+
+    def _repeats(self) -> bool:
+        """Whether the next removals, as many as fill a panel, are the same for a GPU as those of another panel."""
+        return self.out_PG.is_cuda and self.width == 1 and self.rows == 0 and self.since + PANEL < REFRESH
+
+    def _remove_panel(self, energy_PS: Tensor, fusion: Fusion) -> Tensor:
+        """Removes as many as fill a panel, and applies it, by a CUDA graph: launched one by one, kernels take longer.
+
+        Returns:
+            What they cost, P x S x PANEL.
+        """
+        if self._panel is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                steps = []
+                for self.rows in range(PANEL):
+                    place_P1, costs_PS1 = self._choose(energy_PS, fusion)
+                    self.out_PG.scatter_(1, place_P1, True)
+                    self._remove_one(self._of_streams(place_P1))
+                    steps.append((place_P1, costs_PS1))
+                self.rows = PANEL
+                self._update()
+                places_PR, costs_PSR = (torch.cat(each, dim=-1) for each in zip(*steps, strict=True))
+            self._panel = graph, places_PR, costs_PSR
+        graph, places_PR, costs_PSR = self._panel
+        graph.replay()
+        self.places.append(places_PR.clone())
+        costs_PSR = costs_PSR.clone()
+        self.rows = 0
+        self.since += PANEL
+        self._check()
+        return costs_PSR
 
     def costs(self) -> Tensor:
         """What removing each group would cost each stream (P x S x G); meaningless for those that are gone."""
@@ -185,14 +228,20 @@ class Search:
         self.blocks_2XDD[1].baddbmm_(u_XDD, v_XDD.mT, alpha=-1).baddbmm_(v_XDD, u_XDD.mT, alpha=-1)
 
     def apply(self) -> None:
-        """Applies the panel to Hinv and M."""
+        """Applies the panel to Hinv and M, which are computed anew if rounding has spoiled them."""
+        self._update()
+        self.rows = 0
+        self._check()
+
+    def _update(self) -> None:
         u_NrC, v_NrC = self.panel_N2BC[:, :, : self.rows].unbind(1)
         inverse_NCC, gram_NCC = self.state_N2CC.unbind(1)
         inverse_NCC.baddbmm_(u_NrC.mT, u_NrC, alpha=-1)
         gram_NCC.baddbmm_(u_NrC.mT, v_NrC, alpha=-1).baddbmm_(v_NrC.mT, u_NrC, alpha=-1)
-        self.rows = 0
+
+    def _check(self) -> None:
         # Of a positive definite matrix, Hinv_jj H_jj >= 1: less tells of rounding.
-        product_NC = inverse_NCC.diagonal(dim1=1, dim2=2) * self.diagonal_NC
+        product_NC = self.state_N2CC[:, 0].diagonal(dim1=1, dim2=2) * self.diagonal_NC
         groups, width = self.out_PG.shape[1], self.width
         least_NG = product_NC[:, : groups * width].unflatten(1, (groups, width)).amin(2)
         if ((least_NG < 1 - 1e-6) & ~self._of_streams(self.out_PG)).any():
@@ -200,7 +249,7 @@ class Search:
 
     def invert(self) -> None:
         """Hinv and M of what is left, from the Hessian and the dense weights."""
-        del self.state_N2CC, self.panel_N2BC
+        del self.state_N2CC, self.panel_N2BC, self._panel
         self.order.append(self._chosen())
         self.gone_PG.scatter_(1, self.order[-1], True)
         self._start([])
@@ -248,6 +297,7 @@ class Search:
             blocks_2NGDD = corner_N2GDGD.diagonal(dim1=2, dim2=4).permute(1, 0, 4, 2, 3)
             self.blocks_2XDD = blocks_2NGDD.flatten(1, 2).contiguous()
         self.panel_N2BC = torch.empty(count, 2, max(PANEL, width), size, dtype=torch.float64, device=device)
+        self._panel: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
         self.places: list[Tensor] = []
         self.rows = 0
         self.since = 0
