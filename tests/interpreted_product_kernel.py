@@ -25,10 +25,11 @@ WEIGHT = 1.0 + 2.0**-30  # 1 in float32
 TILINGS = [Tiling(32, 32, 16, 2, 4, 3), Tiling(16, 64, 32, 1, 4, 3), Tiling(64, 16, 16, 3, 4, 3)]
 
 
-@pytest.fixture(autouse=True)
-def _kernels_on_the_cpu(monkeypatch):
+@pytest.fixture(autouse=True, params=[False, True], ids=["loads", "engine"])
+def _kernels_on_the_cpu(monkeypatch, request):
     monkeypatch.setattr(kernels, "of", lambda x: product_kernel if x.dtype in kernels.HALF else None)
-    monkeypatch.setattr(product_kernel, "tiling_of", lambda *_: TILINGS[0])
+    monkeypatch.setattr(product_kernel, "tiling_of", lambda _: TILINGS[0])
+    monkeypatch.setattr(product_kernel, "has_engine", lambda _: request.param)
 
 
 def half(*shape: int) -> Tensor:

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compressor.calibration import kernels, product_kernel
-from compressor.calibration.product_kernel import SMALL, TABLE, Tiling
+from compressor.calibration.product_kernel import LARGE, SMALL
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -77,18 +77,24 @@ TYPES = {
     "tokens": "*i64",
     "skipped": "*i64",
     "weight_sum": "*fp64",
+    "copy": "*fp16",
     "weight": "fp64",
     "rows": "*i32",
     "bads": "*i32",
 }
-SUMS = ("bads", "totals", "squares", "tokens", "skipped", "weight_sum", "total", "square_sum")
-TILE = {"UNIT": 8, "M": 128, "N": 128, "D": 64, "GROUP": 8, "C": 64}
+SUMS = ("totals", "squares", "tokens", "skipped", "weight_sum", "total", "square_sum")
+TILE = {"UNIT": 8, "M": 128, "N": 128, "D": 64, "GROUP": 8, "C": 64, "COPIED": False}
+ENGINE = (("left", "M"), ("right", "N"))
+LOADS = {"left": None, "right": None}
 
 
 def compiled(kernel: str, constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
     function = getattr(product_kernel, kernel)
     names = function.arg_names
-    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    engine = {
+        name: f"tensordesc<fp16[{constants['D']}, {constants[side]}]>" for name, side in ENGINE if "D" in constants
+    }
+    types = {name: "constexpr" if name in constants else (TYPES | engine).get(name, "i32") for name in names}
     source = ASTSource(
         function,
         types,
@@ -101,12 +107,14 @@ def compiled(kernel: str, constants: dict[str, Any], capability: int, warps: int
 @pytest.mark.parametrize(
     ("kernel", "constants", "absent", "stages"),
     [
-        ("_read", {"UNIT": 8, "R": 8, "C": 512}, ("places", "totals", "squares"), 3),
-        ("_read", {"UNIT": 1, "R": 32, "C": 128}, (), 3),
+        ("_read", {"UNIT": 8, "R": 8, "C": 1024}, ("places", "copy", "totals", "squares"), 3),
+        ("_read", {"UNIT": 1, "R": 16, "C": 1024}, (), 3),
         ("_settle_alone", {"C": 64}, ("totals", "squares", "weight_sum", "total", "square_sum"), 3),
         ("_settle_alone", {"C": 64}, (), 3),
-        ("_multiply", {**TILE, "ADD": True}, ("squares", "square_sum"), 5),
-        ("_multiply", {**TILE, "ADD": False}, SUMS, 5),
+        ("_multiply", {**TILE, **LOADS, "ADD": True}, ("squares", "square_sum"), 5),
+        ("_multiply", {**TILE, **LOADS, "ADD": False}, SUMS, 5),
+        ("_multiply", {**TILE, "ADD": True}, ("squares", "square_sum"), 4),
+        ("_multiply", {**TILE, "COPIED": True, "ADD": False}, SUMS, 4),
         ("_add", {"M": 64}, (), 3),
     ],
 )
@@ -115,27 +123,22 @@ def test_every_kernel_is_compiled_for_hopper_and_the_product_for_its_tensor_core
     assembly = compiled(kernel, constants | dict.fromkeys(absent), 90, 4, stages).asm["ptx"]
     if kernel == "_multiply":
         assert assembly.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") >= 2 * 64 // 16
-        assert "cp.async.cg.shared.global" in assembly  # loaded ahead, 16 bytes at once
+        # loaded ahead, by the engine or 16 bytes at once
+        assert ("cp.async.cg.shared.global" if "left" in constants else "cp.async.bulk.tensor.2d") in assembly
         assert "atom" not in assembly
     elif kernel == "_read" and constants["UNIT"] == 8:
         assert "ld.global.v4.b32" in assembly
 
 
 @pytest.mark.parametrize(
-    ("capability", "memory", "tilings"),
-    [(90, 227, {tiling for _, tiling in TABLE}), (80, 163, {SMALL}), (86, 99, {SMALL}), (120, 99, {SMALL})],
+    ("capability", "memory", "tiling"),
+    [(90, 227, LARGE), (80, 163, SMALL), (86, 99, SMALL), (120, 99, SMALL)],
 )
 @pytest.mark.parametrize("unit", [8, 1])
-def test_a_tile_fits_into_the_shared_memory_of_a_gpu(capability, memory, tilings, unit):
-    for tiling in tilings:
-        sizes = {"M": tiling.tall, "N": tiling.wide, "D": tiling.depth, "GROUP": tiling.group, "UNIT": unit}
-        constants = {**TILE, **sizes, "ADD": True, "squares": None, "square_sum": None}
-        found = compiled("_multiply", constants, capability, tiling.warps, tiling.stages)
+def test_a_tile_fits_into_the_shared_memory_of_a_gpu_and_its_steps_are_whole(capability, memory, tiling, unit):
+    sizes = {"M": tiling.tall, "N": tiling.wide, "D": tiling.depth, "GROUP": tiling.group, "UNIT": unit}
+    constants = {**TILE, **sizes, "ADD": True, "squares": None, "square_sum": None}
+    for further in [{}, LOADS] if capability == 90 and unit == 8 else [LOADS]:
+        found = compiled("_multiply", constants | further, capability, tiling.warps, tiling.stages)
         assert 0 < found.metadata.shared <= 1024 * memory
-
-
-def test_every_width_has_a_tiling_whose_steps_are_whole():
-    assert TABLE[-1][0] == float("inf")
-    for _, tiling in TABLE:
-        assert isinstance(tiling, Tiling)
-        assert 128 % tiling.depth == 0
+    assert product_kernel.PADDING % tiling.depth == 0

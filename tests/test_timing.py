@@ -46,6 +46,37 @@ def test_blocks_add_up_and_what_lies_between_them_does_not_count(monkeypatch):
     assert meter.seconds == 2.5
 
 
+def test_on_a_gpu_one_forward_in_eight_stands_for_all_but_the_first(monkeypatch):
+    made, taken = 0, 0.0
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            nonlocal made
+            made += enable_timing
+
+        def record(self, stream: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, _end: object) -> float:
+            return 1000 * taken
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    meter = timing.Meter(torch.device("cuda"))
+    for forward in range(20):
+        taken = 1.0 if forward else 60.0
+        meter.next_forward()
+        for _ in range(3):
+            with meter.block():
+                pass
+        meter.settle()
+    assert meter.seconds == 3 * 60 + 19 * 3
+    assert made == 2 * 3  # events are used again
+
+
 def test_every_addition_to_the_moments_is_timed_and_nothing_else(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))  # one second a reading

@@ -56,6 +56,7 @@ def watch(
         nonlocal weight
         weight = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
         tokens.next_forward()
+        meter.next_forward()
 
     def adding(group: Group) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:

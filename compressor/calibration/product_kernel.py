@@ -1,5 +1,8 @@
 """Sums of half-precision inputs on a GPU by two Triton kernels: one reads them, one multiplies half of x^T x.
 
+Tiles of the product are fetched by the copy engine where there is one (Hopper). It leaves no tokens out, so drawn ones
+are copied side by side first, and should any token not be finite, the tiles are fetched row by row.
+
 Nothing is added up in an order that could differ from run to run: the same inputs give the same bytes.
 """
 
@@ -12,11 +15,15 @@ Nothing is added up in an order that could differ from run to run: the same inpu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from compressor.calibration.launch import Launch
 
 PADDING = 128
 """Tokens are taken in multiples of this many, so that every step of a kernel is whole."""
@@ -26,6 +33,9 @@ STRETCH = 1024
 
 COLUMNS = 64
 """Of the sums, that one program adds up."""
+
+READ_COLUMNS = 1024
+"""That a program reads at a time: with fewer, it waits for memory."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,10 @@ class Reading:
     """What the first kernel found.
 
     Attributes:
-        x_TI: what was read.
+        x_TI: what was read; if tokens were drawn and there is a copy engine, a copy of them, of which those that are
+            not finite are zeros.
         taken: how many of its tokens.
+        copied: whether it is that copy.
         row_K: which, as rows of `x_TI`, padded; -1 for those that are not finite and for the padding.
         bad_P: how many of each program's tokens were not finite.
         total_PI: sum of each program's finite tokens, float32.
@@ -64,6 +76,7 @@ class Reading:
 
     x_TI: Tensor
     taken: int
+    copied: bool
     row_K: Tensor
     bad_P: Tensor
     total_PI: Tensor | None
@@ -102,34 +115,35 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Re
     x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
     taken, inputs = len(x_TI) if place_K is None else len(place_K), x_TI.shape[1]
     padded = -(-taken // PADDING) * PADDING
-    rows = 8 if padded <= 4096 else 32
-    programs, unit = padded // rows, _unit(x_TI)
+    rows = 8 if padded <= 4096 else 16
+    programs, unit, device = padded // rows, _unit(x_TI), x_TI.device
+    copied = place_K is not None and taken > 0 and inputs % ENGINE == 0 and has_engine(device)
     found = Reading(
-        x_TI,
+        torch.empty(taken, inputs, dtype=x_TI.dtype, device=device) if copied else x_TI,
         taken,
-        torch.empty(padded, dtype=torch.int32, device=x_TI.device),
-        torch.empty(programs, dtype=torch.int32, device=x_TI.device),
-        torch.empty(programs, inputs, device=x_TI.device) if total else None,
-        torch.empty(programs, inputs, device=x_TI.device) if squares else None,
+        copied,
+        torch.empty(padded, dtype=torch.int32, device=device),
+        torch.empty(programs, dtype=torch.int32, device=device),
+        torch.empty(programs, inputs, device=device) if total else None,
+        torch.empty(programs, inputs, device=device) if squares else None,
     )
     if programs:
-        with torch.cuda.device_of(x_TI):
-            _read[(programs,)](
-                *(x_TI, x_TI.stride(0) // unit, inputs // unit, place_K, taken),
+        READ(
+            (programs,),
+            (
+                *(x_TI, x_TI.stride(0) // unit, inputs // unit, place_K, taken, found.x_TI if copied else None),
                 *(found.row_K, found.bad_P, found.total_PI, found.squares_PI),
-                UNIT=unit,
-                R=rows,
-                C=4096 // rows,
-                num_warps=4,
-            )
+            ),
+            (unit, rows, READ_COLUMNS),
+            warps=4,
+        )
     return found
 
 
 def settle(found: Reading, sums: Sums, weight: float) -> None:
     """Counts what was read and adds up what was summed, weighted."""
     programs = 1 if found.total_PI is None else -(-found.x_TI.shape[1] // COLUMNS)
-    with torch.cuda.device_of(found.x_TI):
-        _settle_alone[(programs,)](*_arguments(found, sums), weight, C=COLUMNS)
+    SETTLE((programs,), (*_arguments(found, sums), weight), (COLUMNS,), warps=4)
 
 
 def multiply(
@@ -149,53 +163,65 @@ def multiply(
         weight: the factor of the product.
         sums: does what `settle` does for these, without a launch of its own.
         first: the input that is the product's first, where it is of some of the inputs only.
-        tiling: None for the table's.
+        tiling: None for the GPU's.
         stretches: into how many the tokens are cut, to be added in order; None for what fills the GPU.
     """
     inputs, padded = len(second_II), len(found.row_K)
     assert second_II.is_contiguous()
-    x_TI = found.x_TI[:, first : first + inputs]
-    tiling = tiling or tiling_of(inputs, x_TI.device)
-    stretches = stretches or stretches_of(inputs, padded, tiling, x_TI.device)
+    x_TI = found.x_TI if inputs == found.x_TI.shape[1] else found.x_TI[:, first : first + inputs]
+    device, unit = x_TI.device, _unit(x_TI)
+    engine = found.taken > 0 and unit == ENGINE and x_TI.data_ptr() % 16 == 0 and has_engine(device)
+    tiling = tiling or tiling_of(device)
+    stretches = stretches or stretches_of(inputs, padded, tiling, device)
     each = -(-padded // (stretches * PADDING)) * PADDING
     tiles = -(-inputs // tiling.tall) * -(-inputs // tiling.wide)
     further = 0 if sums is None else -(-inputs // COLUMNS)
-    unit = _unit(x_TI)
-    with torch.cuda.device_of(x_TI):
-        out = second_II if stretches == 1 else torch.empty(stretches, inputs, inputs, device=x_TI.device)
-        _multiply[(tiles + further, stretches)](
-            *(x_TI, x_TI.stride(0) // unit, inputs // unit, found.row_K, padded, each, out),
-            *((None,) * 11 if sums is None else _arguments(found, sums)),
+    left = right = None
+    if engine:
+        shape, strides = [found.taken, inputs], [x_TI.stride(0), 1]
+        left = TensorDescriptor(x_TI, shape, strides, [tiling.depth, tiling.tall])
+        right = TensorDescriptor(x_TI, shape, strides, [tiling.depth, tiling.wide])
+    out = second_II if stretches == 1 else torch.empty(stretches, inputs, inputs, device=device)
+    MULTIPLY(
+        (tiles + further, stretches),
+        (
+            *(left, right, x_TI, x_TI.stride(0) // unit, inputs // unit, found.row_K, padded, each, out),
+            *(found.bad_P, len(found.bad_P), *(NOTHING if sums is None else _arguments(found, sums)[2:])),
             weight,
-            ADD=stretches == 1,
-            UNIT=unit,
-            M=tiling.tall,
-            N=tiling.wide,
-            D=tiling.depth,
-            GROUP=tiling.group,
-            C=COLUMNS,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
-        if stretches > 1:
-            blocks = -(-inputs // 64)
-            _add[(blocks, blocks)](second_II, out, stretches, inputs, weight, M=64)
+        ),
+        (stretches == 1, found.copied, unit, tiling.tall, tiling.wide, tiling.depth, tiling.group, COLUMNS),
+        warps=tiling.warps,
+        stages=tiling.stages,
+    )
+    if stretches > 1:
+        blocks = -(-inputs // 64)
+        ADD((blocks, blocks), (second_II, out, stretches, inputs, weight), (64,), warps=4)
 
 
-def tiling_of(inputs: int, device: torch.device) -> Tiling:
-    """The tiles for a product of that width: small enough for the shared memory of that GPU."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
-        return SMALL
-    return next(tiling for widest, tiling in TABLE if inputs <= widest)
+@cache
+def has_engine(device: torch.device) -> bool:
+    """Whether that GPU has an engine that copies tiles of matrices: Hopper and its successor for servers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-TABLE = ((2048, Tiling(128, 128, 64, 8, 4, 5)), (float("inf"), Tiling(128, 128, 64, 8, 4, 5)))
-"""Up to which width which, on Hopper: two of these tiles at a time fit into the shared memory of a multiprocessor."""
+def tiling_of(device: torch.device) -> Tiling:
+    """The tiles of a product: small enough for the shared memory of that GPU."""
+    return SMALL if device.type == "cuda" and not has_engine(device) else LARGE
+
+
+LARGE = Tiling(128, 128, 64, 8, 8, 4)
+"""On Hopper, for every width: wider tiles are no faster for wide inputs, and too few for narrow ones."""
 
 SMALL = Tiling(128, 128, 32, 8, 8, 5)
 """On other GPUs, of which some have less than half of that memory."""
 
+ENGINE = 8
+"""Elements of which the rows and the first one must lie multiples apart, for the engine: 16 bytes."""
 
+NOTHING = (None,) * 9
+
+
+@cache
 def stretches_of(inputs: int, padded: int, tiling: Tiling, device: torch.device) -> int:
     """Into how many stretches so many tokens are cut: enough to keep a GPU busy, but none of them short."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -218,7 +244,7 @@ def _arguments(found: Reading, sums: Sums) -> tuple[Tensor | int | None, ...]:
 
 @triton.jit(do_not_specialize=["stride", "width", "taken"])
 def _read(
-    x, stride, width, places, taken, rows, bads, totals, squares,
+    x, stride, width, places, taken, copy, rows, bads, totals, squares,
     UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -232,20 +258,26 @@ def _read(
     bad_RC = tl.zeros((R, C), tl.int32)
     for start in range(0, inputs, C):
         column_C = start + tl.arange(0, C)
-        x_RC = tl.load(x_R[:, None] + column_C, mask=there_R[:, None] & (column_C < inputs), other=0).to(tl.float32)
+        inside_RC = there_R[:, None] & (column_C < inputs)
+        half_RC = tl.load(x_R[:, None] + column_C, mask=inside_RC, other=0)
+        x_RC = half_RC.to(tl.float32)
         bad_RC |= tl.where(tl.abs(x_RC) < float("inf"), 0, 1)
+        if copy is not None:
+            tl.store(copy + token_R[:, None].to(tl.int64) * inputs + column_C, half_RC, mask=inside_RC)
         _store_sums(x_RC, program, column_C, inputs, totals, squares)
     bad_R = tl.max(bad_RC, axis=1)
     bad = tl.sum(bad_R)
     tl.store(bads + program, bad)
     good_R = there_R & (bad_R == 0)
     tl.store(rows + token_R, tl.where(good_R, row_R, -1))
-    if totals is not None:
-        if bad > 0:  # rare: once more, without them
-            for start in range(0, inputs, C):
-                column_C = start + tl.arange(0, C)
-                x_RC = tl.load(x_R[:, None] + column_C, mask=good_R[:, None] & (column_C < inputs), other=0)
-                _store_sums(x_RC.to(tl.float32), program, column_C, inputs, totals, squares)
+    if bad > 0:  # rare: once more, without them
+        for start in range(0, inputs, C):
+            column_C = start + tl.arange(0, C)
+            x_RC = tl.load(x_R[:, None] + column_C, mask=good_R[:, None] & (column_C < inputs), other=0)
+            _store_sums(x_RC.to(tl.float32), program, column_C, inputs, totals, squares)
+            if copy is not None:
+                inside_RC = there_R[:, None] & (column_C < inputs)
+                tl.store(copy + token_R[:, None].to(tl.int64) * inputs + column_C, x_RC, mask=inside_RC)
 
 
 @triton.jit
@@ -276,11 +308,7 @@ def _settle(
     C: tl.constexpr,
 ):  # fmt: skip
     if part == 0:
-        bad_P = tl.zeros((256,), tl.int32)
-        for start in range(0, programs, 256):
-            program_P = start + tl.arange(0, 256)
-            bad_P += tl.load(bads + program_P, mask=program_P < programs, other=0)
-        bad = tl.sum(bad_P).to(tl.int64)
+        bad = _count(bads, programs).to(tl.int64)
         good = taken - bad
         tl.store(tokens, tl.load(tokens) + good)
         tl.store(skipped, tl.load(skipped) + bad)
@@ -291,6 +319,15 @@ def _settle(
         _add_sums(total, totals, programs, column_C, inputs, weight, C)
     if square_sum is not None:
         _add_sums(square_sum, squares, programs, column_C, inputs, weight, C)
+
+
+@triton.jit
+def _count(bads, programs):
+    bad_P = tl.zeros((256,), tl.int32)
+    for start in range(0, programs, 256):
+        program_P = start + tl.arange(0, 256)
+        bad_P += tl.load(bads + program_P, mask=program_P < programs, other=0)
+    return tl.sum(bad_P)
 
 
 @triton.jit
@@ -306,10 +343,10 @@ def _add_sums(sums, parts, programs, column_C, inputs, weight, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride", "width", "padded", "each", "programs", "taken", "inputs"])
 def _multiply(
-    x, stride, width, rows, padded, each, second,
+    left, right, x, stride, width, rows, padded, each, second,
     bads, programs, taken, totals, squares, inputs,
     tokens, skipped, weight_sum, total, square_sum, weight: tl.float64,
-    ADD: tl.constexpr, UNIT: tl.constexpr,
+    ADD: tl.constexpr, COPIED: tl.constexpr, UNIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     program, stretch = tl.program_id(0), tl.program_id(1)
@@ -322,23 +359,28 @@ def _multiply(
         tall = before + program % (GROUP * across) % high
         wide = program % (GROUP * across) // high
         if wide * N < tall * M + M:  # not all above the diagonal
+            first, last = stretch * each, tl.minimum(stretch * each + each, padded)
             row_M, column_N = tall * M + tl.arange(0, M), wide * N + tl.arange(0, N)
-            out_MN = tl.zeros((M, N), tl.float32)
-            for start in range(stretch * each, tl.minimum(stretch * each + each, padded), D):
-                token_D = tl.load(rows + start + tl.arange(0, D))
-                good_D = token_D >= 0
-                x_D = x + token_D.to(tl.int64) * (stride * UNIT)
-                left_DM = tl.load(x_D[:, None] + row_M, mask=good_D[:, None] & (row_M < side), other=0)
-                right_DN = tl.load(x_D[:, None] + column_N, mask=good_D[:, None] & (column_N < side), other=0)
-                out_MN = tl.dot(tl.trans(left_DM), right_DN, out_MN)
+            if left is None:
+                out_MN = _product(x, stride * UNIT, rows, first, last, side, row_M, column_N, M, N, D, None)
+            else:
+                whole = True if COPIED else _count(bads, programs) == 0
+                out_MN = tl.zeros((M, N), tl.float32)
+                if whole:
+                    for start in range(first, last, D):
+                        left_DM, right_DN = left.load([start, tall * M]), right.load([start, wide * N])
+                        out_MN = tl.dot(tl.trans(left_DM), right_DN, out_MN)
+                else:  # without what would be in shared memory for loading ahead
+                    out_MN = _product(x, stride * UNIT, rows, first, last, side, row_M, column_N, M, N, D, 1)
             inside = (row_M < side)[:, None] & (column_N < side)
-            at_MN = second + row_M[:, None].to(tl.int64) * side + column_N
+            # one 64-bit number and 32-bit ones within the tile: registers are scarce
+            at_MN = second + (tall * M).to(tl.int64) * side + (tl.arange(0, M)[:, None] * side + column_N)
             if ADD:
                 out_MN = tl.load(at_MN, mask=inside) + tl.full((), weight, tl.float32) * out_MN
             else:
                 at_MN += stretch.to(tl.int64) * side * side
             tl.store(at_MN, out_MN, mask=inside)
-    elif bads is not None:
+    elif tokens is not None:
         if stretch == 0:
             _settle(
                 program - down * across, bads, programs, taken, totals, squares, inputs,
@@ -346,7 +388,23 @@ def _multiply(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["stretches"])
+@triton.jit
+def _product(
+    x, stride, rows, first, last, side, row_M, column_N,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    out_MN = tl.zeros((M, N), tl.float32)
+    for start in tl.range(first, last, D, num_stages=STAGES):
+        token_D = tl.load(rows + start + tl.arange(0, D))
+        good_D = token_D >= 0
+        x_D = x + token_D.to(tl.int64) * stride
+        left_DM = tl.load(x_D[:, None] + row_M, mask=good_D[:, None] & (row_M < side), other=0)
+        right_DN = tl.load(x_D[:, None] + column_N, mask=good_D[:, None] & (column_N < side), other=0)
+        out_MN = tl.dot(tl.trans(left_DM), right_DN, out_MN)
+    return out_MN
+
+
+@triton.jit(do_not_specialize=["stretches", "side"])
 def _add(second, parts, stretches, side, weight: tl.float64, M: tl.constexpr):
     row_M, column_M = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * M + tl.arange(0, M)
     if tl.program_id(1) <= tl.program_id(0):
@@ -358,3 +416,6 @@ def _add(second, parts, stretches, side, weight: tl.float64, M: tl.constexpr):
             parts += side.to(tl.int64) * side
         sum_MM = tl.load(second + at_MM, mask=inside) + tl.full((), weight, tl.float32) * sum_MM
         tl.store(second + at_MM, sum_MM, mask=inside)
+
+
+READ, SETTLE, MULTIPLY, ADD = Launch(_read), Launch(_settle_alone), Launch(_multiply), Launch(_add)
