@@ -98,6 +98,11 @@ class Calibration(Options):
         description="whether the network's blocks run under torch.compile while it is sampled; the first forwards "
         "then take longer",
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="whether forwards in half precision on a GPU are replayed by CUDA graphs, unless something in them "
+        "waits for the GPU or components are offloaded",
+    )
 
     @model_validator(mode="after")
     def _check_one(self) -> Calibration:

@@ -34,7 +34,7 @@ def weights_used(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, steps: int
     """The weight of every forward, by the first layer's input."""
     used: list[float] = []
     add = Moments.add
-    monkeypatch.setattr(Moments, "add", lambda self, x, weight, _: used.append(weight) or add(self, x, weight))
+    monkeypatch.setattr(Moments, "add", lambda self, x, weight, *_: used.append(weight) or add(self, x, weight))
     calibration = tiny.calibrate(pipeline, tiny.PROMPTS[:prompts], steps=steps, batch=1, packages=1)
     (package,) = calibration.packages(pipeline.targets[:1], "norms")
     calibration.collect(package, "norms", Numbers())
@@ -421,7 +421,7 @@ def test_cross_attention_of_all_blocks_shares_the_prompts_embedding():
 def test_every_input_is_summed_once_a_forward(kind, monkeypatch):
     calls: list[int] = []
     add = Moments.add
-    monkeypatch.setattr(Moments, "add", lambda self, x, weight, _: calls.append(x.data_ptr()) or add(self, x, weight))
+    monkeypatch.setattr(Moments, "add", lambda self, x, weight, *_: calls.append(x.data_ptr()) or add(self, x, weight))
     pipeline = tiny.load(kind)
     calibration = tiny.calibrate(pipeline, ("a cat",), steps=1, packages=1)
     (package,) = calibration.packages(pipeline.targets, "norms")

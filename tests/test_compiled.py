@@ -136,10 +136,10 @@ def test_nothing_is_left_behind_when_a_batch_is_halved_or_a_forward_fails(monkey
     add = Moments.add
     errors: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory")]
 
-    def failing(self: Moments, x: Tensor, weight: float, place_K: Tensor | None = None) -> None:
+    def failing(self: Moments, x: Tensor, *rest: Any) -> None:
         if errors:
             raise errors.pop()
-        add(self, x, weight, place_K)
+        add(self, x, *rest)
 
     monkeypatch.setattr(Moments, "add", failing)
     found, _ = collect(pipeline, "norms", batch=2, packages=1, compile=True)

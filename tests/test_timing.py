@@ -77,6 +77,34 @@ def test_on_a_gpu_one_forward_in_eight_stands_for_all_but_the_first(monkeypatch)
     assert made == 2 * 3  # events are used again
 
 
+def test_of_forwards_that_are_replayed_the_last_stands_for_all(monkeypatch):
+    class Event:
+        def __init__(self, *, enable_timing: bool, external: bool = False) -> None:
+            assert enable_timing
+            assert external
+
+        def record(self, stream: object) -> None:
+            pass
+
+        def elapsed_time(self, _end: object) -> float:
+            return 1000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    meter = timing.Meter(torch.device("cuda"))
+    meter.next_forward()
+    with meter.recording() as events:
+        for _ in range(3):
+            with meter.block():
+                pass
+    for _ in range(2):
+        meter.replay(events)
+    meter.settle()
+    meter.settle()
+    assert meter.seconds == 2 * 3
+
+
 def test_every_addition_to_the_moments_is_timed_and_nothing_else(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))  # one second a reading

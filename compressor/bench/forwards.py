@@ -43,12 +43,17 @@ def compiled(
         extent: of a piece. By blocks, what lies outside of them stays eager.
         arguments: of the forward.
     """
+    return eager(compiled_network(network, family, extent), arguments)
+
+
+def compiled_network(network: nn.Module, family: Family, extent: Extent) -> nn.Module:
+    """A network that shares the weights of another, and whose forward is compiled as by `compiled`."""
     shared = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
     if extent == "network":
         shared.compile(dynamic=False)
     else:
         compile_blocks(shared, family, fullgraph=True)
-    return eager(shared, arguments)
+    return shared
 
 
 def onnx(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -17,10 +17,11 @@ from compressor.bench import forwards, models, networks, prune_table, results, s
 from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
 from compressor.bench.subjects import Asked, Subject
 from compressor.bench.timing import in_turns
-from compressor.calibration import Calibration, Moments, Package, StepCounter, gathering, gradients
+from compressor.calibration import Calibration, Moments, Package, StepCounter, gathering, gradients, replay
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.compiled import check as check_compiler
 from compressor.calibration.packages import cut
+from compressor.calibration.replay import Replay
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
@@ -36,7 +37,7 @@ from compressor.units import several
 T = TypeVar("T")
 
 PLAIN = "plain"
-COMPILED = prune_table.COMPILED
+COMPILED, REPLAYED = prune_table.COMPILED, prune_table.REPLAYED
 SHARE = 0.25
 """Of the tokens, in the row that takes only some of them."""
 
@@ -181,11 +182,19 @@ class _Bench:
         self._timestep = float(cast(Tensor, given["timestep"]).reshape(-1)[0])
         self.forward = forwards.eager(self._network, given)
         self._forward: Callable[[], object] = self.forward
-        self._plain: dict[str, Callable[[], object]] = {PLAIN: self.forward}
+        self._replay: Replay | None = None
+        if subject.calibration.cuda_graphs and replay.possible(self._network, device, getattr(torch, dtype)):
+            self._replay = Replay(self._network)
+        plain = {PLAIN: self._network}
         self._blocks: Blocks | None = None
         if subject.calibration.compile:
             self._blocks = Blocks(self._network, subject.family, seen)
-            self._plain[PLAIN + COMPILED] = forwards.compiled(self._network, subject.family, "blocks", given)
+            plain[PLAIN + COMPILED] = forwards.compiled_network(self._network, subject.family, "blocks")
+        self._plain: dict[str, tuple[Callable[[], object], Replay | None]] = {}
+        for name, network in plain.items():
+            self._plain[name] = forwards.eager(network, given), None
+            if self._replay is not None:
+                self._plain[name + REPLAYED] = forwards.eager(network, given), Replay(network)
         self._entries = enter(subject.recipe, "network", self._network, subject.family, seen)
 
     def measure(self) -> Measured:
@@ -222,6 +231,7 @@ class _Bench:
             tokens,
             meter,
             self._blocks if load.compiled else None,
+            replay=self._replay,
         ) as (moments, next_batch):
 
             def forward() -> object:
@@ -280,7 +290,8 @@ class _Bench:
                     start = self.clock()
                     self._forward()
                     firsts[name] = self.clock() - start
-                peaks[name] = self._peak()
+                    self._record(name, loads)
+                    peaks[name] = self._peak()
             except RuntimeError as error:
                 if name == PLAIN or not out_of_memory(error):
                     raise
@@ -294,7 +305,7 @@ class _Bench:
                 4 if on_gpu else 1,
                 1,
                 self._device,
-                self._around(loads),
+                self._around(loads, record=True),
                 advance,
             )
         return {
@@ -303,7 +314,7 @@ class _Bench:
                 len(loads[name].package.groups) if name in loads else 0,
                 loads[name].package.moment_bytes if name in loads else 0,
                 times.get(name),
-                times[PLAIN],
+                times[PLAIN if name in self._plain else self._plain_of(loads[name].compiled)],
                 peaks.get(name),
                 notes.get(name),
                 firsts.get(name),
@@ -315,18 +326,37 @@ class _Bench:
         """The forward of whatever lasts: `_around` changes it."""
         return self._forward()
 
-    def _around(self, loads: Mapping[str, _Load]) -> Callable[[str], AbstractContextManager[object]]:
+    def _plain_of(self, compiled: bool) -> str:
+        """The plain forward that runs as those with moments do."""
+        return PLAIN + (COMPILED if compiled else "") + (REPLAYED if self._replay is not None else "")
+
+    def _around(
+        self, loads: Mapping[str, _Load], record: bool = False
+    ) -> Callable[[str], AbstractContextManager[object]]:
         @contextmanager
         def around(name: str) -> Iterator[None]:
-            if name in loads:
-                with self.gathering(loads[name]) as (_, self._forward):
-                    yield
-            else:
-                self._forward = self._plain[name]
+            with ExitStack() as stack:
+                if name in loads:
+                    _, self._forward = stack.enter_context(self.gathering(loads[name]))
+                else:
+                    self._forward, replayed = self._plain[name]
+                    if replayed is not None:
+                        stack.enter_context(replayed.replaying(Meter(self._device)))
+                if record:
+                    self._record(name, loads, forwards=2)
                 yield
             self._forward = self.forward
 
         return around
+
+    def _record(self, name: str, loads: Mapping[str, _Load], forwards: int = 1) -> None:
+        """Runs what is missing until a forward is recorded, the second, if it is to be replayed."""
+        if self._replay is None or not (name in loads or self._plain[name][1] is not None):
+            return
+        for _ in range(forwards):
+            self._forward()
+        if self._replay.problem is not None:
+            raise CompressorError(f"{self.subject.name}: a CUDA graph could not be recorded: {self._replay.problem}")
 
     def _time_solves(self, plain: float) -> list[Case]:
         turns = self._settings.turns or (3 if self._device.type == "cuda" else 1)
@@ -393,7 +423,7 @@ class _Bench:
     def _job(self, case: Case, how: str, parts: Sequence[_Part], rows: Mapping[str, ForwardRow], passes: int) -> Job:
         count = self.subject.forwards * passes
         compiled = how.endswith(COMPILED)
-        plain = rows[PLAIN + COMPILED if compiled else PLAIN].times
+        plain = rows[self._plain_of(compiled)].times
         seconds = 0.0
         for name, share in ((name, share) for part in parts for name, share in part.items()):
             times = rows[name].times
@@ -410,7 +440,7 @@ class _Bench:
         return max(
             row.first - row.times.median
             for name, row in rows.items()
-            if name.endswith(COMPILED) and name != PLAIN + COMPILED and row.first is not None and row.times is not None
+            if name.endswith(COMPILED) and name not in self._plain and row.first is not None and row.times is not None
         )
 
     def _reset_peak(self) -> None:

@@ -32,6 +32,8 @@ SOLVES = (
 )
 COMPILED = ", compiled"
 """Behind the name of a compiled forward."""
+REPLAYED = ", replayed"
+"""Behind the name of a plain forward that is replayed by a CUDA graph, as all with moments are where one is."""
 JOBS = ("whole job, extrapolated", "calibrated in", "forwards", "forwards alone", "moments", "solves", "together")
 
 
@@ -44,7 +46,7 @@ class ForwardRow:
         inputs: distinct ones whose moments it adds to.
         moment_bytes: of these moments.
         times: in the same turns as the plain forward's; None if it could not run.
-        plain: the plain forward's.
+        plain: the plain forward's; of one with moments that of the plain one that is compiled and replayed as it is.
         peak: the most bytes allocated on the GPU, the network's among them; None on the CPU.
         note: why it could not run.
         first: seconds of the first call, in which a compiled one is compiled; None if it could not run.
@@ -181,7 +183,7 @@ def as_text(device: torch.device, dtype: str, measured: Sequence[Measured]) -> s
     lines = [f"{where}; torch {versions['torch']}, diffusers {versions['diffusers']}; random weights, {dtype}"]
     for found in measured:
         lines += ["", *_head(found), "", *_table(FORWARDS, [_forward(row) for row in found.forwards])]
-        lines += _first_calls(found)
+        lines += [*_of_what(found), *_first_calls(found)]
         lines += ["", *_table(SOLVES, [cells for case in found.cases for cells in _case(case)])]
         lines += ["", *_explain(found), "", *_table(JOBS, [_job(job) for job in found.jobs])]
     if not any(row.peak for found in measured for row in found.forwards):
@@ -240,12 +242,24 @@ def _explain(found: Measured) -> list[str]:
     ]
 
 
+def _of_what(found: Measured) -> list[str]:
+    """What the ratios are to, where there are several plain forwards."""
+    plain = [row.name for row in found.forwards if not row.inputs]
+    if len(plain) == 1:
+        return []
+    how = " and ".join(kind.strip(", ") for kind in (COMPILED, REPLAYED) if any(kind in name for name in plain))
+    return [
+        "",
+        f"Ratios of plain forwards are to the first, those with moments to the plain one that is {how} as they are.",
+    ]
+
+
 def _first_calls(found: Measured) -> list[str]:
     """What compiling took, where something was compiled."""
     rows = [row for row in found.forwards if row.name.endswith(COMPILED) and row.first is not None]
     if not rows:
         return []
-    longest = max(rows[1:], key=lambda row: row.first or 0.0, default=None)
+    longest = max([row for row in rows if row.inputs], key=lambda row: row.first or 0.0, default=None)
     moments = "" if longest is None else f", {duration(longest.first or 0.0)} with moments, once for all kinds of them"
     return ["", f"The first compiled forward took {duration(rows[0].first or 0.0)}{moments}; that is compiling."]
 

@@ -12,12 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from compressor.calibration import gathering, kernels, sampling
+from compressor.calibration import gathering, kernels, replay, sampling
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.gradients import Scales
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
+from compressor.calibration.replay import Replay
 from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
@@ -157,6 +158,9 @@ class Calibration:
             pipeline, prompts, options.guidance, seed, "calibration", options.max_sequence_length, self._places
         )
         self._blocks = Blocks(pipeline.module, pipeline.family, trace) if options.compile else None
+        self._replay: Replay | None = None
+        if options.cuda_graphs and replay.possible(pipeline.module, pipeline.device, pipeline.dtype):
+            self._replay = Replay(pipeline.module)
         self._changing: list[tuple[Target, int]] = []
         self._scales: Scales = {}
         self.owners: dict[str, int] = {}
@@ -240,6 +244,9 @@ class Calibration:
                 if not sampling.out_of_memory(error):
                     raise
                 self._halve_batch(package, error)
+        if self._replay is not None and self._replay.problem is not None:
+            self._warn(f"forwards were not replayed by CUDA graphs, which would be faster: {self._replay.problem}")
+            self._replay = None
         self._share(package, moments)
         self._settle(forwards)
         self.facts.packages += 1
@@ -305,10 +312,9 @@ class Calibration:
         tokens = Tokens(self._options.tokens, self._token_seed)
         weigh = self._weigher(weighting)
         with (
-            gathering.watch(self._pipeline.module, package, kind, weigh, tokens, meter, self._blocks, self._scales) as (
-                moments,
-                next_batch,
-            ),
+            gathering.watch(
+                self._pipeline.module, package, kind, weigh, tokens, meter, self._blocks, self._scales, self._replay
+            ) as (moments, next_batch),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
             for start in range(0, len(self._encoded), batch):

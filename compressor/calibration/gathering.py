@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compressor.calibration import gradients
@@ -14,6 +15,7 @@ from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package
+from compressor.calibration.replay import Replay
 from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
 from compressor.plugin import MomentKind
@@ -29,6 +31,7 @@ def watch(
     meter: Meter,
     blocks: Blocks | None = None,
     scales: gradients.Scales | None = None,
+    replay: Replay | None = None,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """While it lasts, every forward of the network adds to moments.
 
@@ -44,6 +47,7 @@ def watch(
         meter: gets the time that adding to the moments of the inputs takes.
         blocks: of the network, if they are to run compiled; not with `gradients`.
         scales: of calls whose gradients were gathered before, for another package; others are added.
+        replay: of the network, if its forwards are to be replayed where they can be.
     """
     assert blocks is None or kind != "gradients", "hooks on outputs would break the blocks' graphs"
     device = next(network.parameters()).device
@@ -51,18 +55,21 @@ def watch(
     moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in groups}
     signature = inspect.signature(network.forward)
     weight = 0.0
+    live = torch.zeros((), dtype=torch.float64, device=device) if replay is not None else None
 
     def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal weight
         weight = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
-        tokens.next_forward()
+        if live is not None:
+            live.fill_(weight)
+        tokens.next_forward(refill=replay is not None)
         meter.next_forward()
 
     def adding(group: Group) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
             with meter.block():
                 place_K, each = tokens.draw(x)
-                moments[group.name].add(x.detach(), weight * each, place_K)
+                moments[group.name].add(x.detach(), weight, place_K, each, live)
 
         return add
 
@@ -75,7 +82,7 @@ def watch(
     handles += [g.targets[0].module.register_forward_pre_hook(before_layer(adding(g))) for g in outside]
     of_blocks = blocks.gathering([(g.targets[0], adding(g)) for g in inside]) if blocks is not None else nullcontext()
     try:
-        with of_blocks:
+        with of_blocks, replay.replaying(meter) if replay is not None else nullcontext():
             if kind != "gradients":
                 yield moments, tokens.next_batch
                 return

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from compressor.calibration.curvature import Gradients
 
 
+class Unrecordable(RuntimeError):
+    """An addition takes its weight from Python, so that a CUDA graph would repeat that of the forward it recorded."""
+
+
 @dataclass
 class Moments:
     """Raw, timestep-weighted sums over the tokens x of one input.
@@ -54,7 +58,14 @@ class Moments:
             weight=torch.zeros((), dtype=torch.float64, device=device),
         )
 
-    def add(self, x: Tensor, weight: float, place_K: Tensor | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        weight: float,
+        place_K: Tensor | None = None,
+        each: float = 1.0,
+        live: Tensor | None = None,
+    ) -> None:
         """Adds the tokens of one forward.
 
         The weight enters through the products' factor and never through x, which a half-precision dtype would round.
@@ -63,19 +74,29 @@ class Moments:
             x: ... x I, in any floating-point dtype; not changed.
             weight: a_t of the step.
             place_K: which tokens, counted over all samples; all if None.
+            each: how many tokens each of them stands for.
+            live: the weight as a GPU has it, float64 without dimensions, which an addition that is recorded in a CUDA
+                graph reads whenever it is replayed.
+
+        Raises:
+            Unrecordable: if it is being recorded and there are no `kernels` for x.
         """
         x_TI = x.reshape(-1, x.shape[-1])
         kernel = kernels.of(x_TI)
         if kernel is not None:
+            factor = each if live is not None else weight * each
             squares_I = self.squares_I if self.second_II is None else None
             sums = kernel.Sums(self.tokens, self.skipped, self.weight, self.total_I, squares_I)
             found = kernel.read(x_TI, place_K, total=True, squares=squares_I is not None)
             if self.second_II is None:
-                kernel.settle(found, sums, weight)
+                kernel.settle(found, sums, factor, live)
             else:
-                kernel.multiply(self.second_II, found, weight, sums)
+                kernel.multiply(self.second_II, found, factor, sums, live)
                 self.halved = True
             return
+        if live is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise Unrecordable(f"inputs in {str(x.dtype).removeprefix('torch.')} are summed without kernels")
+        weight *= each
         x_TI, good_T = finite(x_TI if place_K is None else x_TI.index_select(0, place_K))
         good = good_T.sum()
         self.tokens.add_(good)

@@ -140,10 +140,10 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Re
     return found
 
 
-def settle(found: Reading, sums: Sums, weight: float) -> None:
-    """Counts what was read and adds up what was summed, weighted."""
+def settle(found: Reading, sums: Sums, weight: float, live: Tensor | None = None) -> None:
+    """Counts what was read and adds up what was summed, weighted as in `multiply`."""
     programs = 1 if found.total_PI is None else -(-found.x_TI.shape[1] // COLUMNS)
-    SETTLE((programs,), (*_arguments(found, sums), weight), (COLUMNS,), warps=4)
+    SETTLE((programs,), (*_arguments(found, sums), weight, live), (COLUMNS,), warps=4)
 
 
 def multiply(
@@ -151,6 +151,7 @@ def multiply(
     found: Reading,
     weight: float,
     sums: Sums | None = None,
+    live: Tensor | None = None,
     first: int = 0,
     tiling: Tiling | None = None,
     stretches: int | None = None,
@@ -162,6 +163,7 @@ def multiply(
         found: the tokens.
         weight: the factor of the product.
         sums: does what `settle` does for these, without a launch of its own.
+        live: another factor, float64 without dimensions, which the GPU reads whenever the product is replayed.
         first: the input that is the product's first, where it is of some of the inputs only.
         tiling: None for the GPU's.
         stretches: into how many the tokens are cut, to be added in order; None for what fills the GPU.
@@ -187,7 +189,7 @@ def multiply(
         (
             *(left, right, x_TI, x_TI.stride(0) // unit, inputs // unit, found.row_K, padded, each, out),
             *(found.bad_P, len(found.bad_P), *(NOTHING if sums is None else _arguments(found, sums)[2:])),
-            weight,
+            *(weight, live),
         ),
         (stretches == 1, found.copied, unit, tiling.tall, tiling.wide, tiling.depth, tiling.group, COLUMNS),
         warps=tiling.warps,
@@ -195,7 +197,7 @@ def multiply(
     )
     if stretches > 1:
         blocks = -(-inputs // 64)
-        ADD((blocks, blocks), (second_II, out, stretches, inputs, weight), (64,), warps=4)
+        ADD((blocks, blocks), (second_II, out, stretches, inputs, weight, live), (64,), warps=4)
 
 
 @cache
@@ -292,19 +294,19 @@ def _store_sums(x_RC, program, column_C, inputs, totals, squares):
 @triton.jit(do_not_specialize=["programs", "taken", "inputs"])
 def _settle_alone(
     bads, programs, taken, totals, squares, inputs,
-    tokens, skipped, weight_sum, total, square_sum, weight: tl.float64,
+    tokens, skipped, weight_sum, total, square_sum, weight: tl.float64, live,
     C: tl.constexpr,
 ):  # fmt: skip
     _settle(
         tl.program_id(0), bads, programs, taken, totals, squares, inputs,
-        tokens, skipped, weight_sum, total, square_sum, weight, C,
+        tokens, skipped, weight_sum, total, square_sum, _factor(weight, live), C,
     )  # fmt: skip
 
 
 @triton.jit
 def _settle(
     part, bads, programs, taken, totals, squares, inputs,
-    tokens, skipped, weight_sum, total, square_sum, weight,
+    tokens, skipped, weight_sum, total, square_sum, factor,
     C: tl.constexpr,
 ):  # fmt: skip
     if part == 0:
@@ -313,12 +315,20 @@ def _settle(
         tl.store(tokens, tl.load(tokens) + good)
         tl.store(skipped, tl.load(skipped) + bad)
         if weight_sum is not None:
-            tl.store(weight_sum, tl.load(weight_sum) + tl.full((), weight, tl.float64) * good.to(tl.float64))
+            tl.store(weight_sum, tl.load(weight_sum) + factor * good.to(tl.float64))
     column_C = part * C + tl.arange(0, C)
     if total is not None:
-        _add_sums(total, totals, programs, column_C, inputs, weight, C)
+        _add_sums(total, totals, programs, column_C, inputs, factor, C)
     if square_sum is not None:
-        _add_sums(square_sum, squares, programs, column_C, inputs, weight, C)
+        _add_sums(square_sum, squares, programs, column_C, inputs, factor, C)
+
+
+@triton.jit
+def _factor(weight, live):
+    factor = tl.full((), weight, tl.float64)
+    if live is not None:
+        factor *= tl.load(live)
+    return factor
 
 
 @triton.jit
@@ -331,21 +341,21 @@ def _count(bads, programs):
 
 
 @triton.jit
-def _add_sums(sums, parts, programs, column_C, inputs, weight, C: tl.constexpr):
+def _add_sums(sums, parts, programs, column_C, inputs, factor, C: tl.constexpr):
     sum_PC = tl.zeros((64, C), tl.float32)
     for start in range(0, programs, 64):
         program_P = start + tl.arange(0, 64)
         inside = (program_P < programs)[:, None] & (column_C < inputs)
         sum_PC += tl.load(parts + program_P[:, None].to(tl.int64) * inputs + column_C, mask=inside, other=0)
     old_C = tl.load(sums + column_C, mask=column_C < inputs)
-    tl.store(sums + column_C, old_C + tl.full((), weight, tl.float32) * tl.sum(sum_PC, axis=0), mask=column_C < inputs)
+    tl.store(sums + column_C, old_C + factor.to(tl.float32) * tl.sum(sum_PC, axis=0), mask=column_C < inputs)
 
 
 @triton.jit(do_not_specialize=["stride", "width", "padded", "each", "programs", "taken", "inputs"])
 def _multiply(
     left, right, x, stride, width, rows, padded, each, second,
     bads, programs, taken, totals, squares, inputs,
-    tokens, skipped, weight_sum, total, square_sum, weight: tl.float64,
+    tokens, skipped, weight_sum, total, square_sum, weight: tl.float64, live,
     ADD: tl.constexpr, COPIED: tl.constexpr, UNIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -376,7 +386,7 @@ def _multiply(
             # one 64-bit number and 32-bit ones within the tile: registers are scarce
             at_MN = second + (tall * M).to(tl.int64) * side + (tl.arange(0, M)[:, None] * side + column_N)
             if ADD:
-                out_MN = tl.load(at_MN, mask=inside) + tl.full((), weight, tl.float32) * out_MN
+                out_MN = tl.load(at_MN, mask=inside) + _factor(weight, live).to(tl.float32) * out_MN
             else:
                 at_MN += stretch.to(tl.int64) * side * side
             tl.store(at_MN, out_MN, mask=inside)
@@ -384,7 +394,7 @@ def _multiply(
         if stretch == 0:
             _settle(
                 program - down * across, bads, programs, taken, totals, squares, inputs,
-                tokens, skipped, weight_sum, total, square_sum, weight, C,
+                tokens, skipped, weight_sum, total, square_sum, _factor(weight, live), C,
             )  # fmt: skip
 
 
@@ -405,7 +415,7 @@ def _product(
 
 
 @triton.jit(do_not_specialize=["stretches", "side"])
-def _add(second, parts, stretches, side, weight: tl.float64, M: tl.constexpr):
+def _add(second, parts, stretches, side, weight: tl.float64, live, M: tl.constexpr):
     row_M, column_M = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * M + tl.arange(0, M)
     if tl.program_id(1) <= tl.program_id(0):
         inside = (row_M < side)[:, None] & (column_M <= row_M[:, None])  # the tiles above it were not made
@@ -414,7 +424,7 @@ def _add(second, parts, stretches, side, weight: tl.float64, M: tl.constexpr):
         for _ in range(stretches):
             sum_MM += tl.load(parts + at_MM, mask=inside, other=0)
             parts += side.to(tl.int64) * side
-        sum_MM = tl.load(second + at_MM, mask=inside) + tl.full((), weight, tl.float32) * sum_MM
+        sum_MM = tl.load(second + at_MM, mask=inside) + _factor(weight, live).to(tl.float32) * sum_MM
         tl.store(second + at_MM, sum_MM, mask=inside)
 
 

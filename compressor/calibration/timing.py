@@ -9,7 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 EVERY = 8
-"""Of the forwards on a GPU, one in so many is timed: two events an input take Python as long as half of the rest."""
+"""Of the forwards on a GPU that are not replayed, one in so many is timed: two events an input take Python as long as
+half of the rest."""
+
+Events = list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
 
 class Meter:
@@ -18,54 +21,50 @@ class Meter:
     On the CPU by the clock. On a GPU between two events on the stream, so that nothing is waited for until `settle` is
     called, where the GPU has been waited for anyway; if it ran dry inside a block, that counts too. There the first
     forward is timed, in which kernels are compiled, and one in `EVERY` of the others, each of which stands for as many.
+    Of forwards that are replayed, the last before `settle` stands for all since the one before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._forward = 0
-        self._timed = 0
-        self._first = self._others = 0.0
+        self._forward = self._replays = self._timed = self._last = 0
+        self._first = self._others = self._replayed = 0.0
         self._running: list[tuple[bool, torch.cuda.Event, torch.cuda.Event]] = []
-        self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spare: Events = []
+        self._recording: Events | None = None
+        self._repeated: dict[int, tuple[Events, int]] = {}
 
     @property
     def seconds(self) -> float:
         """Spent inside the blocks of all forwards, as far as they are settled."""
-        return self._first + self._others * max(self._forward - 1, 1) / max(self._timed, 1)
+        others = max(self._forward - 1 - self._replays, 1)
+        return self._first + self._others * others / max(self._timed, 1) + self._replayed
 
     def next_forward(self) -> None:
         """Begins a forward."""
         self._forward += 1
-        self._timed += self._forward > 1 and self._counts
-
-    @property
-    def _counts(self) -> bool:
-        return self._device.type != "cuda" or self._forward <= 1 or self._forward % EVERY == 2 % EVERY
 
     def block(self) -> AbstractContextManager[None]:
         """Counts the block, in a forward that is timed."""
-        return self._block() if self._counts else _NOTHING
+        if self._device.type != "cuda":
+            return self._clocked()
+        if self._recording is not None or self._forward <= 1 or self._forward % EVERY == 2:
+            return self._between_events()
+        return _NOTHING
 
     @contextmanager
-    def _block(self) -> Iterator[None]:
-        first = self._forward <= 1
-        if self._device.type != "cuda":
-            start = time.perf_counter()
-            yield
-            self._add(first, time.perf_counter() - start)
-            return
-        begin, end = self._spare.pop() if self._spare else (_event(), _event())
-        stream = torch.cuda.current_stream(self._device)  # events without a stream are those of the current GPU
-        begin.record(stream)
-        yield
-        end.record(stream)
-        self._running.append((first, begin, end))
+    def recording(self) -> Iterator[Events]:
+        """While it lasts, a CUDA graph is recorded: blocks are timed whenever it is replayed, by the events given."""
+        self._recording = events = []
+        try:
+            yield events
+        finally:
+            self._recording = None
 
-    def _add(self, first: bool, seconds: float) -> None:
-        if first:
-            self._first += seconds
-        else:
-            self._others += seconds
+    def replay(self, events: Events) -> None:
+        """Counts a forward as one that was replayed, with the blocks between these events."""
+        self._replays += 1
+        _, before = self._repeated.get(id(events), (events, 0))
+        self._repeated[id(events)] = events, before + 1
 
     def settle(self) -> None:
         """Waits for the GPU to have done all blocks, and counts them."""
@@ -74,6 +73,39 @@ class Meter:
             self._add(first, begin.elapsed_time(end) / 1000)
             self._spare.append((begin, end))
         self._running.clear()
+        if self._repeated:
+            torch.cuda.synchronize(self._device)
+            for events, times in self._repeated.values():
+                self._replayed += times * sum(begin.elapsed_time(end) for begin, end in events) / 1000
+            self._repeated.clear()
+
+    @contextmanager
+    def _clocked(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._add(self._forward <= 1, time.perf_counter() - start)
+
+    @contextmanager
+    def _between_events(self) -> Iterator[None]:
+        stream = torch.cuda.current_stream(self._device)  # events without a stream are those of the current GPU
+        if self._recording is not None:
+            begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
+            self._recording.append((begin, end))
+        else:
+            begin, end = self._spare.pop() if self._spare else (_event(), _event())
+            self._running.append((self._forward <= 1, begin, end))
+        begin.record(stream)
+        yield
+        end.record(stream)
+
+    def _add(self, first: bool, seconds: float) -> None:
+        if first:
+            self._first += seconds
+            return
+        self._others += seconds
+        if self._last != self._forward:
+            self._last = self._forward
+            self._timed += 1
 
 
 _NOTHING = nullcontext()

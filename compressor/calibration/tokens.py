@@ -19,16 +19,27 @@ class Tokens:
     def __init__(self, share: float, seed: int) -> None:
         self._share = share
         self._seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
-        self._places: dict[tuple[int, int], Tensor] = {}
+        self._prompt = self._forward = 0
+        self._places: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._current: set[tuple[int, int, torch.device]] = set()
 
     def next_batch(self, prompt: int) -> None:
         """From now on it is drawn for a batch that begins with that prompt: the same whatever was drawn before."""
-        self._generator.manual_seed((self._seed + prompt) % 2**32)
+        self._prompt, self._forward = prompt, 0
 
-    def next_forward(self) -> None:
-        """From now on other tokens are drawn."""
-        self._places.clear()
+    def next_forward(self, refill: bool = False) -> None:
+        """From now on other tokens are drawn.
+
+        Args:
+            refill: whether to draw at once for all inputs that there have been, into the tensors that they were given:
+                a forward that is replayed does not ask.
+        """
+        self._forward += 1
+        self._current.clear()
+        if refill:
+            for key, place_K in self._places.items():
+                place_K.copy_(self._draw(*key[:2]), non_blocking=True)  # in order with the rest of a GPU's work
+                self._current.add(key)
 
     def draw(self, x: Tensor) -> tuple[Tensor | None, float]:
         """Some of an input's tokens, and how many tokens each of them stands for.
@@ -44,14 +55,23 @@ class Tokens:
         """
         samples = x.shape[0]
         tokens = x.shape[:-1].numel() // max(samples, 1)
-        drawn = max(1, round(self._share * tokens))
+        drawn = self._drawn(tokens)
         if x.dim() < 3 or drawn >= tokens:
             return None, 1.0
-        place_K = self._places.get((samples, tokens))
-        if place_K is None:
-            within_BN = torch.rand(samples, drawn, generator=self._generator, dtype=torch.float64)
-            place_BN = ((torch.arange(drawn) + within_BN) * (tokens / drawn)).long().clamp_(max=tokens - 1)
-            place_K = (place_BN + tokens * torch.arange(samples)[:, None]).flatten()
-            place_K = place_K.to(x.device, non_blocking=True)  # in order with the rest of a GPU's work, not waited for
-            self._places[samples, tokens] = place_K
-        return place_K, tokens / drawn
+        key = samples, tokens, x.device
+        if key not in self._current:
+            self._places[key] = self._draw(samples, tokens).to(x.device, non_blocking=True)
+            self._current.add(key)
+        return self._places[key], tokens / drawn
+
+    def _drawn(self, tokens: int) -> int:
+        return max(1, round(self._share * tokens))
+
+    def _draw(self, samples: int, tokens: int) -> Tensor:
+        """The same whatever else is drawn for this forward."""
+        drawn = self._drawn(tokens)
+        seed = hash((self._seed, self._prompt, self._forward, samples, tokens)) % 2**32  # more bits it does not look at
+        generator = torch.Generator().manual_seed(seed)
+        within_BN = torch.rand(samples, drawn, generator=generator, dtype=torch.float64)
+        place_BN = ((torch.arange(drawn) + within_BN) * (tokens / drawn)).long().clamp_(max=tokens - 1)
+        return (place_BN + tokens * torch.arange(samples)[:, None]).flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click.testing
@@ -111,9 +111,9 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
     seen: dict[str, int] = {"add": 0, "prune_package": 0}
     add, prune_package = Moments.add, layers.prune_package
 
-    def watched_add(self, x, weight, place_K):
+    def watched_add(self, x, *rest):
         seen["add"] += 1
-        add(self, x, weight, place_K)
+        add(self, x, *rest)
 
     def watched_prune(options, package, moments, zeros):
         seen["prune_package"] += 1
@@ -370,8 +370,8 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
     watch = prune.gathering.watch
 
     @contextmanager
-    def watching(network, package, kind, *rest):
-        with watch(network, package, kind, *rest) as (moments, next_batch):
+    def watching(network, package, kind, *rest, **further):
+        with watch(network, package, kind, *rest, **further) as (moments, next_batch):
             yield moments, next_batch
         counts = [int(g.tokens) for m in moments.values() for g in m.gradients.values()]
         watched.append((kind, min(counts, default=0)))
@@ -401,3 +401,34 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
         cut = jobs[name, "2 packages"]
         assert cut["forwards"] == passes * whole["forwards"]
         assert cut["moments"] == pytest.approx(cut["forwards"] * each)
+
+
+def test_where_forwards_are_replayed_ratios_are_to_a_plain_one_that_is_replayed_too(monkeypatch):
+    monkeypatch.setattr(prune.replay, "possible", lambda *_: True)
+    monkeypatch.setattr(prune.Replay, "replaying", lambda *_: nullcontext())
+    found = call("tiny-sd3 --layers 2 --size 64 --batch 1 --repeats 1 --output t.json")
+    assert found.exit_code == 0, found.output
+    assert f"\n| plain, replayed | {DASH} | {DASH} | " in found.output
+    ratios = (
+        "Ratios of plain forwards are to the first, those with moments to the plain one that is replayed as they are."
+    )
+    assert f"\n{ratios}\n" in found.output
+    (model,) = json.loads(Path("t.json").read_text())["models"]
+    rows = {row["name"]: row for row in model["forwards"]}
+    plain, replayed = rows["plain"]["times"], rows["plain, replayed"]["times"]
+    assert rows["plain, replayed"]["plain"] == plain
+    gathering = [row for row in model["forwards"] if row["inputs"]]
+    assert gathering
+    assert all(row["plain"] == replayed for row in gathering)
+    (job, *_) = model["extrapolated"]
+    assert job["plain"] == pytest.approx(job["forwards"] * replayed["seconds"][0])
+
+
+def test_a_network_whose_forwards_cannot_be_replayed_is_not_timed(monkeypatch):
+    monkeypatch.setattr(prune.replay, "possible", lambda *_: True)
+    monkeypatch.setattr(prune.Replay, "problem", "it waits", raising=False)
+    monkeypatch.setattr(prune.Replay, "__init__", lambda *_: None)
+    monkeypatch.setattr(prune.Replay, "replaying", lambda *_: nullcontext())
+    found = call("tiny-sd3 --layers 2 --size 64 --batch 1 --repeats 1")
+    assert found.exit_code == 1
+    assert "error: tiny-sd3: a CUDA graph could not be recorded: it waits" in found.output

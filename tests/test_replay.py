@@ -1,0 +1,194 @@
+"""Replaying forwards: which are recorded, which are not, and that nothing of it is left; on a GPU, the same moments."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor import pipeline
+from compressor.calibration import Moments, replay
+from compressor.calibration.replay import Replay
+from compressor.calibration.timing import Events, Meter
+from compressor.plugin import MomentKind
+from compressor.recipe import Model
+from tests import tiny
+from tests.test_moments import Growing
+
+CPU = torch.device("cpu")
+
+
+class Network(nn.Module):
+    """Counts what Python runs of it, and what has been added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.sum = torch.zeros(())
+
+    def forward(self, x: Tensor, timestep: Tensor, kind: str | None = None, return_dict: bool = True) -> Any:
+        self.calls += 1
+        self.sum += x.sum()
+        found = 2 * x + timestep
+        return {"sample": found} if return_dict else (found,)
+
+
+class Graph:
+    """Does again what was done when it was recorded, with the same tensors."""
+
+    def __init__(self, plain: Any, args: Any, kwargs: Any) -> None:
+        self._again = lambda: plain(*args, **kwargs)
+        self.result: Any = None
+
+    def replay(self) -> None:
+        new = self._again()
+        (kept,), (found,) = (each.values() if isinstance(each, dict) else each for each in (self.result, new))
+        kept.copy_(found)
+
+
+@pytest.fixture
+def network(monkeypatch) -> Network:
+    """One whose forwards are recorded on the CPU: by calling them whenever they are replayed."""
+
+    def record(plain: Any, leaves: list[Any], spec: Any, _meter: Meter) -> Any:
+        kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = replay._pytree.tree_unflatten(kept, spec)
+        before = found.sum.clone()
+        graph = Graph(plain, args, kwargs)
+        graph.result = plain(*args, **kwargs)
+        found.sum.copy_(before)  # what is recorded is not done
+        return replay._Recorded(graph, [leaf for leaf in kept if isinstance(leaf, Tensor)], graph.result, [])  # type: ignore
+
+    found = Network()
+    monkeypatch.setattr(replay, "_record", record)
+    monkeypatch.setattr(replay, "_on_current_gpu", lambda x: x.device.type == "cpu")
+    return found
+
+
+class Counter(Meter):
+    """Counts replays."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.replays = 0
+
+    def replay(self, events: Events) -> None:
+        """One more."""
+        self.replays += 1
+
+
+@torch.no_grad()
+def test_the_second_forward_of_a_kind_is_recorded_and_all_further_ones_are_replayed(network):
+    meter, hooked = Counter(), []
+    network.register_forward_pre_hook(lambda *_: hooked.append(1))
+    results, total = [], 0.0
+    with Replay(network).replaying(meter):
+        for i in range(5):
+            x = torch.full((3,), float(i))
+            total += float(x.sum())
+            results.append(network(x, timestep=torch.tensor(10.0 * i), return_dict=False)[0])
+        assert meter.replays == 4
+        named = network(torch.ones(3), timestep=torch.tensor(1.0))
+        assert meter.replays == 4  # the first one that is to give a dictionary
+        assert named["sample"].tolist() == [3.0] * 3
+        network(torch.ones(2), timestep=torch.tensor(1.0), return_dict=False)
+        assert meter.replays == 4  # the first one of that shape
+    assert [result.tolist() for result in results] == [[12.0 * i] * 3 for i in range(5)]  # none was written over
+    assert float(network.sum) == total + 3 + 2
+    assert len(hooked) == 7
+    assert "forward" not in network.__dict__
+
+
+@pytest.mark.parametrize("what", ["differentiated", "a number", "too many kinds"])
+def test_some_forwards_are_run_as_ever(network, what):
+    meter = Counter()
+    with Replay(network).replaying(meter), torch.set_grad_enabled(what == "differentiated"):
+        for i in range(8):
+            timestep: Any = 1.0 if what == "a number" else torch.tensor(1.0)
+            for size in range(8) if what == "too many kinds" else (1,):
+                assert network(torch.ones(1 + size), timestep, return_dict=False)[0].tolist() == [3.0] * (1 + size)
+            if what == "too many kinds":
+                assert meter.replays == i * replay.MOST
+            else:
+                assert network.calls == i + 1
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_is_run_and_said_why(network, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nMore.")
+
+    monkeypatch.setattr(replay, "_record", fail)
+    wrapped = Replay(network)
+    for _ in range(2):
+        with wrapped.replaying(Counter()):
+            for _ in range(3):
+                assert network(torch.ones(1), torch.tensor(1.0), return_dict=False)[0].tolist() == [3.0]
+    assert network.calls == 6
+    assert wrapped.problem == "operation not permitted when stream is capturing"
+
+
+@torch.no_grad()
+def test_a_forward_that_was_replaced_before_is_put_back(network):
+    network.forward = own = functools.partial(network.forward)
+    with pytest.raises(ValueError, match="inside"), Replay(network).replaying(Counter()):
+        raise ValueError("inside")
+    assert network.forward is own
+
+
+def test_a_calibration_warns_once_if_its_forwards_were_not_replayed(monkeypatch):
+    monkeypatch.setattr(replay, "possible", lambda *_: True)
+    calibration = tiny.calibrate(tiny.load("sd3"), packages=2)
+    calibration._replay.problem = "it waits"  # type: ignore[union-attr]
+    for package in calibration.packages(calibration._pipeline.targets, "norms"):
+        calibration.collect(package, "norms", Growing())
+    said = [warning for warning in calibration.facts.warnings if "CUDA" in warning]
+    assert said == ["forwards were not replayed by CUDA graphs, which would be faster: it waits"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [("cpu", torch.float16, False), ("cuda", torch.float32, False), ("cuda", torch.bfloat16, True)],
+)
+def test_forwards_in_half_precision_on_a_gpu_are_replayed_if_they_stay_there(device, dtype, expected, monkeypatch):
+    monkeypatch.setattr(replay.kernels, "problem", lambda _: None)
+    network = Network()
+    assert replay.possible(network, torch.device(device), dtype) is expected
+    network._hf_hook = object()  # of offloading  # type: ignore[assignment]
+    assert not replay.possible(network, torch.device(device), dtype)
+
+
+def gathered(kind: str, moments: MomentKind, **options: Any) -> tuple[dict[str, Moments], Any]:
+    loaded = pipeline.load(Model(source=str(tiny.folder(kind, torch.float16))), "cuda")
+    with pipeline.current(loaded.device):
+        calibration = tiny.calibrate(loaded, steps=5, packages=1, **options)
+        (package,) = calibration.packages(loaded.targets, moments)
+        return calibration.collect(package, moments, Growing()), calibration.facts
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch 2.11's compiler uses what torch deprecates
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("moments", "tokens"), [("second", 1.0), ("second", 0.5), ("norms", 1.0), ("gradients", 1.0)])
+@pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])
+def test_moments_of_replayed_forwards_are_those_of_forwards_that_are_run(kind, moments, tokens, compiled):
+    if compiled and (moments == "gradients" or kind == "flux"):
+        pytest.skip("gradients are not gathered in compiled blocks; two families are enough")
+    options = {"tokens": tokens, "compile": compiled, "guidance": 1.0 if kind == "flux" else 3.0}
+    plain, _ = gathered(kind, moments, cuda_graphs=False, **options)
+    found, facts = gathered(kind, moments, **options)
+    assert not facts.warnings
+    assert 0 < facts.moment_seconds < facts.seconds
+    for name, expected in plain.items():
+        assert torch.equal(found[name].tokens, expected.tokens)
+        torch.testing.assert_close(found[name].weight, expected.weight)
+        pairs = [
+            (getattr(found[name], part), getattr(expected, part)) for part in ("squares_I", "total_I", "second_II")
+        ]
+        pairs += [(found[name].gradients[layer].second_BKK, g.second_BKK) for layer, g in expected.gradients.items()]
+        for sums, right in pairs:
+            if right is not None:
+                torch.testing.assert_close(sums, right, rtol=0, atol=5e-3 * float(right.abs().max()))
