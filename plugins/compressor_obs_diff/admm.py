@@ -113,19 +113,18 @@ class _InMetric:
 
     def __init__(self, quadratic: Quadratic, metric_NBKK: Tensor) -> None:
         k_NBK, p_NBKK = torch.linalg.eigh(metric_NBKK)
-        k_NO, order_NO = k_NBK.flatten(1).sort(descending=True)
-        self._ordered = metric_NBKK.shape[1] > 1
+        k_NO, order_NO = k_NBK.flatten(1).sort()
+        self._scattered = metric_NBKK.shape[1] > 1  # those of one block are in order
         self._order_NO1, self._back_NO1 = order_NO[..., None], order_NO.argsort()[..., None]
         vectors_BKK = p_NBKK.flatten(0, 1)
         self._to, self._from = product.left(vectors_BKK.mT, fixed=True), product.left(vectors_BKK, fixed=True)
-        self._shrinking = [_shrinking(quadratic.gram_NII, exponent) for exponent in range(LEAST, MOST + 1)]
+        self._shrinking = [_shrinking(quadratic.gram_NII, exponent) for exponent in range(MOST, LEAST - 1, -1)]
         # rounding may make the least ones negative
         level_NO = -k_NO.clamp(min=torch.finfo(k_NO.dtype).tiny).log() / math.log(STEP)
-        self._limits = {}
         counts = []
         for exponent, _ in PENALTIES:
             nearest_NO = (level_NO + exponent).round().clamp(LEAST, MOST)
-            counts.append(torch.stack([(nearest_NO < level).sum(1) for level in range(LEAST, MOST + 2)], dim=1))
+            counts.append(torch.stack([(nearest_NO > level).sum(1) for level in range(MOST, LEAST - 2, -1)], dim=1))
         limits_RNL: list[list[list[int]]] = torch.stack(counts).tolist()  # waits, once for all problems
         self._limits = dict(zip((exponent for exponent, _ in PENALTIES), limits_RNL, strict=True))
 
@@ -133,8 +132,7 @@ class _InMetric:
         self._now: Sequence[Sequence[int]] = self._limits[exponent]
 
     def __call__(self, off_NOI: Tensor) -> Tensor:
-        turned_NOI = self._put(blockwise(self._to, off_NOI), self._order_NO1)
-        rows = product.left(turned_NOI)
+        rows = product.left(self._put(blockwise(self._to, off_NOI), self._order_NO1))
         for problem, limits in enumerate(self._now):
             for by, (first, last) in zip(self._shrinking, pairwise(limits), strict=True):
                 if first < last:
@@ -143,4 +141,4 @@ class _InMetric:
         return blockwise(self._from, self._put(off_NOI, self._back_NO1))
 
     def _put(self, x_NOI: Tensor, order_NO1: Tensor) -> Tensor:
-        return x_NOI.gather(1, order_NO1.expand_as(x_NOI))
+        return x_NOI.gather(1, order_NO1.expand_as(x_NOI)) if self._scattered else x_NOI
