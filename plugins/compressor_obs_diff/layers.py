@@ -121,7 +121,7 @@ def _numbers(options: OBSDiff, part: Group, gathered: Moments) -> int:
         # A, it in halves, its inverse in the making; B, what differs from it, its halves and the like
         squares, copies = 6, 12
     if options.solver == "admm":
-        levels = 1
+        levels = 2  # of rho, one of which is in the making
         if options.objective == "network":
             levels = admm.MOST - admm.LEAST + 1
             # K, its eigenvectors, and all of them in halves
@@ -289,16 +289,16 @@ def problems_of(options: OBSDiff, group: Group, moments: Moments) -> Iterator[Me
         yield target, problems[absorbs], absorbed_I
 
 
-def _mean(moments: Moments) -> Tensor | None:
-    """Of the inputs, or None where they hardly differ from it, so that nothing would be left to choose weights by."""
+def _mean(moments: Moments) -> Tensor:
+    """Of the inputs, or zeros where they hardly differ from it, so that nothing would be left to choose weights by."""
     assert moments.second_II is not None
     mean_I = (moments.total_I / moments.weight).to(moments.total_I.dtype)
     squares = moments.second_II.diagonal().sum()
     spread = squares - moments.weight * mean_I.square().sum()
-    return mean_I if spread > LEAST_SPREAD * squares else None
+    return torch.where(spread > LEAST_SPREAD * squares, mean_I, 0)
 
 
 def _about(mean_I: Tensor, moments: Moments) -> Tensor:
     """The second moment about the mean: what is left of an error once the bias has absorbed its mean."""
     assert moments.second_II is not None
-    return torch.addr(moments.second_II, mean_I, mean_I, alpha=-moments.weight.item())
+    return torch.addr(moments.second_II, mean_I * moments.weight, mean_I, alpha=-1)
