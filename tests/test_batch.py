@@ -1,22 +1,20 @@
-"""Problems solved at once: their factors against those of each alone, and how many there may be."""
+"""Problems solved at once: their factors against those of each alone, how many there may be, and where kernels help."""
 
 # Shapes: T tokens, I inputs.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
-from compressor_obs_diff import batch
+from compressor_obs_diff import OBSDiff, batch
 from compressor_obs_diff.batch import factorise_batch
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.solver import factorise
 from torch import Tensor
 
+from compressor.calibration import kernels
 from compressor.errors import CompressorError
+from tests import tiny
 
 
 def hessian(seed: int, negative: float = 0.0) -> Tensor:
@@ -67,51 +65,62 @@ def test_one_that_cannot_be_factorised_is_named():
 
 def test_no_more_problems_are_solved_at_once_than_memory_is_meant_for(monkeypatch):
     cpu = torch.device("cpu")
-    one = 4 * 3 * 100 * (100 + 50)
-    for room, most in ((one - 1, 1), (one, 1), (2 * one - 1, 1), (2 * one, 2), (9.5 * one, 9)):
+    for room, most in ((399, 1), (400, 1), (799, 1), (800, 2), (3999, 9)):
         monkeypatch.setattr(batch, "MOST_BYTES", room)
-        assert batch.most(50, 100, cpu) == most
-
-
-def kernels(monkeypatch, error: Exception | None) -> list[torch.device]:
-    """Kernels that work, or end with an error, and which devices they were tried on."""
-    tried: list[torch.device] = []
-
-    def trial(device: torch.device) -> None:
-        tried.append(device)
-        if error is not None:
-            raise error
-
-    monkeypatch.setitem(sys.modules, "compressor_obs_diff.sweep_kernel", SimpleNamespace(trial=trial))
-    monkeypatch.setattr(batch, "find_spec", lambda name: object())
-    batch.works.cache_clear()
-    return tried
+        assert batch.most(100, cpu) == most
 
 
 CUDA = torch.device("cuda", 0)
 
 
-def test_only_a_gpu_is_given_several_at_once_and_only_with_masks_that_its_kernels_know(monkeypatch):
-    class Own(Unstructured):
-        """A third party's, with masks of its own."""
+class Own(Unstructured):
+    """A third party's, with masks of its own."""
 
-    tried = kernels(monkeypatch, None)
+
+def test_only_a_gpu_is_given_several_at_once_and_only_with_masks_that_its_kernels_know(monkeypatch):
+    monkeypatch.setattr(kernels, "problem", lambda _: None)
     for granularity, known in ((Unstructured(), True), (NM(), True), (Own(), False)):
         assert batch.possible(granularity, CUDA) == known
         assert not batch.possible(granularity, torch.device("cpu"))
-    assert tried == [CUDA]
-    monkeypatch.setattr(batch, "find_spec", lambda name: None)
-    batch.works.cache_clear()
+    monkeypatch.setattr(kernels, "problem", lambda _: "triton is not installed")
     assert not batch.possible(Unstructured(), CUDA)
-    batch.works.cache_clear()
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "cc"), ImportError("libcuda")]
+    ("solver", "slow"), [("obs", "columns are swept one by one"), ("admm", "masks are chosen layer by layer")]
 )
-def test_where_triton_cannot_compile_every_problem_is_solved_alone(error, monkeypatch):
-    tried = kernels(monkeypatch, error)
-    assert not batch.possible(Unstructured(), CUDA)
-    assert not batch.possible(Unstructured(), CUDA)
-    assert tried == [CUDA]
-    batch.works.cache_clear()
+def test_where_kernels_do_not_choose_a_gpus_user_is_told_why(solver, slow, monkeypatch):
+    monkeypatch.setattr(kernels, "problem", lambda _: None)
+    assert batch.note(solver, NM(), CUDA) is None
+    costs = f"{slow}, which costs a GPU many times as much as by kernels: "
+    assert batch.note(solver, Own(), CUDA) == f"{costs}they know only the granularities unstructured and n_m"
+    monkeypatch.setattr(kernels, "problem", lambda _: "triton is not installed")
+    assert batch.note(solver, NM(), CUDA) == f"{costs}triton is not installed"
+    assert batch.note(solver, Own(), torch.device("cpu")) is None
+
+
+def test_the_report_has_that_warning(monkeypatch):
+    monkeypatch.setattr(batch, "note", lambda solver, *_: f"{solver} is slow")
+    loaded = tiny.load("sd3")
+    calibration = tiny.calibrate(loaded, packages=1)
+    for _ in OBSDiff(sparsity=0.5).prune(tiny.component(loaded), calibration):
+        pass
+    assert calibration.facts.warnings.count("obs is slow") == 1
+
+
+def test_masks_of_a_granularity_of_others_are_asked_for_layer_by_layer():
+    seen = []
+
+    class Rows(Own):
+        """Says what it is asked for."""
+
+        def mask(self, score_OI: Tensor, zeros: int, *, per_row: bool = False) -> Tensor:
+            seen.append((tuple(score_OI.shape), zeros))
+            return super().mask(score_OI, zeros, per_row=per_row)
+
+    masks = batch.masks_of(Rows(), [2, 3], [[0.5, 0.2], [0.3, 0.8]], [0.5, 1.0], 10, torch.device("cpu"))
+    score_NOI = torch.rand(2, 5, 10, generator=torch.Generator().manual_seed(0))
+    found_NOI = masks(score_NOI, 1)
+    assert seen == [((2, 10), 10), ((3, 10), 6), ((2, 10), 6), ((3, 10), 24)]
+    assert torch.equal(found_NOI[1, :2], Unstructured().mask(score_NOI[1, :2], 6))
+    assert int(masks(score_NOI, 0).sum()) == 5 + 3 + 3 + 12

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff, solvers
+from compressor_obs_diff import OBSDiff, batch
 from compressor_obs_diff import layers as obs_diff_layers
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
-from compressor_obs_diff.solver import factorise, relative_error, sweep, sweep_together
+from compressor_obs_diff.solver import Factor, factorise, relative_error, sweep, sweep_together
 from torch import Tensor, nn
 
 from compressor import sparsity
@@ -420,7 +420,8 @@ def test_layers_report_the_error_of_the_weights_as_they_are_kept(dtype):
 
 def test_layers_that_share_an_input_share_one_factorisation(monkeypatch):
     calls = []
-    monkeypatch.setattr(solvers, "factorise", lambda *args: calls.append(args[2]) or factorise(*args))
+    real = batch.factorise_batch
+    monkeypatch.setattr(batch, "factorise_batch", lambda *args: calls.extend(args[2]) or real(*args))
     weight_OI, x_TI = problem(4, 8)
     packed = package([weight_OI.float()] * 3)
     held = {packed.groups[0].name: moments((x_TI.T @ x_TI).float())}
@@ -432,7 +433,9 @@ def test_layers_that_share_an_input_share_one_factorisation(monkeypatch):
 @pytest.mark.parametrize("granularity", ["unstructured", "n_m"])
 def test_layers_that_share_an_input_are_solved_at_once_as_each_would_be_alone(granularity, monkeypatch):
     calls = []
-    monkeypatch.setattr(solvers, "sweep_together", lambda *args: calls.append(len(args[0])) or sweep_together(*args))
+    monkeypatch.setattr(
+        obs_diff_layers, "sweep_together", lambda *args: calls.append(len(args[0])) or sweep_together(*args)
+    )
     share = {"sparsity": 0.5} if granularity == "unstructured" else {}
     options = OBSDiff.model_validate({"granularity": granularity, "block": 8, **share})
     _, x_TI = problem(4, 16)
@@ -454,7 +457,9 @@ def test_layers_that_share_an_input_are_solved_at_once_as_each_would_be_alone(gr
 
 def test_no_more_weights_are_solved_at_once_than_memory_is_meant_for(monkeypatch):
     calls = []
-    monkeypatch.setattr(solvers, "sweep_together", lambda *args: calls.append(len(args[0])) or sweep_together(*args))
+    monkeypatch.setattr(
+        obs_diff_layers, "sweep_together", lambda *args: calls.append(len(args[0])) or sweep_together(*args)
+    )
     monkeypatch.setattr(obs_diff_layers, "MOST_TOGETHER", 70)
     _, x_TI = problem(4, 8)
     packed = package([problem(outputs, 8, seed=outputs)[0].float() for outputs in (4, 4, 1, 20, 2, 3)])
@@ -475,9 +480,8 @@ def test_a_damping_that_had_to_rise_is_reported():
 
 
 def test_double_precision_is_reported(monkeypatch):
-    monkeypatch.setattr(
-        solvers, "factorise", lambda *args: SimpleNamespace(upper_II=torch.eye(8), damping=0.01, dtype=torch.float64)
-    )
+    factor = Factor(torch.eye(8), 0.01, torch.float64)
+    monkeypatch.setattr(batch, "factorise_batch", lambda *_: (factor.upper_II[None], [factor]))
     weight_OI, x_TI = problem(4, 8)
     packed = package([weight_OI.float()])
     held = {packed.groups[0].name: moments((x_TI.T @ x_TI).float())}

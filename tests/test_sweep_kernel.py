@@ -77,6 +77,40 @@ def test_every_set_loses_its_lowest_scores_with_ties_to_the_lower_index(sets, sc
             assert torch.equal(chosen_K, sparsity.lowest(score_K, asked))
 
 
+@gpu
+@kernels
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (1, 3), (5, 8), (1, 32), (3, 100)])
+@pytest.mark.parametrize("kind", ["random", "many ties"])
+def test_every_group_loses_its_lowest_scores_with_ties_to_the_lower_index(keep, of, kind):
+    from compressor_obs_diff.sweep_kernel import lowest_of_groups
+
+    score_NOI = torch.rand(2, 3, 5 * of, generator=torch.Generator().manual_seed(0))
+    if kind == "many ties":
+        score_NOI = (score_NOI * 3).floor()
+    chosen_NOI = lowest_of_groups(score_NOI.to(DEVICE), keep, of).cpu()
+    for chosen_OI, score_OI in zip(chosen_NOI, score_NOI, strict=True):
+        assert torch.equal(chosen_OI, sparsity.lowest_of_groups(score_OI, keep, of))
+
+
+@gpu
+@kernels
+@pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4)], ids=str)
+def test_masks_of_several_problems_are_those_of_each_layer(granularity: Elementwise, monkeypatch):
+    rows, parts = [3, 3, 5], [0.25, 1.0]
+    shares = [
+        [0.3 + 0.1 * layer + 0.2 * problem if granularity.needs_sparsity else None for layer in range(3)]
+        for problem in range(2)
+    ]
+    score_NOI = torch.rand(2, 11, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for device, answer in ((torch.device("cpu"), False), (DEVICE, True)):
+        monkeypatch.setattr(batch, "possible", lambda *_, answer=answer: answer)
+        masks = batch.masks_of(granularity, rows, shares, parts, 16, device)
+        found.append([masks(score_NOI.to(device), turn).cpu() for turn in range(2)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def problems(count: int, outputs: int, inputs: int) -> tuple[Tensor, list[Tensor]]:
     """Weights and Hessians of tokens that depend on one another a little."""
     generator = torch.Generator().manual_seed(outputs + inputs)
@@ -211,17 +245,24 @@ def package(dtype: torch.dtype) -> tuple[Package, dict[str, Moments]]:
         ({"sparsity": 0.5, "refit": True, "block": 8}, torch.bfloat16, 2),
         ({"granularity": "n_m"}, torch.bfloat16, 1),
         ({"granularity": "n_m", "refit": True}, torch.float32, 100),
+        ({"sparsity": 0.5, "solver": "admm"}, torch.float32, 100),
+        ({"sparsity": 0.5, "solver": "admm", "refit": True}, torch.bfloat16, 2),
+        ({"granularity": "n_m", "solver": "admm", "refit": True}, torch.float32, 100),
     ],
 )
 def test_a_package_is_pruned_at_once_as_group_by_group(given, dtype, most, monkeypatch):
     options = OBSDiff.model_validate(given)
     runs: list[tuple[dict[str, LayerResult], dict[str, nn.Linear]]] = []
     sizes: list[int] = []
-    real = batch.sweep_batch
-    monkeypatch.setattr(batch, "sweep_batch", lambda weight, *rest: sizes.append(len(weight)) or real(weight, *rest))
+    real = batch.factorise_batch
     monkeypatch.setattr(batch, "most", lambda *_: most)
     for at_once in (False, True):
-        monkeypatch.setattr(batch, "possible", lambda *_, answer=at_once: answer)
+        for name in ("pays", "possible"):
+            monkeypatch.setattr(batch, name, lambda *_, answer=at_once: answer)
+        sizes.clear()
+        monkeypatch.setattr(
+            batch, "factorise_batch", lambda found, *rest: sizes.append(len(found)) or real(found, *rest)
+        )
         packed, moments = package(dtype)
         zeros = {t.name: options.zeros(t) for group in packed.groups for t in group.targets}
         if options.sparsity:

@@ -172,13 +172,13 @@ class Calibration:
         self._scales.clear()
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
-            self._warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
+            self.warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
         slow = kernels.note(self._pipeline.device, self._pipeline.dtype)
         if slow is not None:
-            self._warn(slow)
+            self.warn(slow)
         batches = math.ceil(prompts / options.batch)
         if batches < self._ranks.count:
-            self._warn(
+            self.warn(
                 f"{self._ranks.count} processes share {batches} batches of up to {options.batch} prompts: some have "
                 "nothing to sample; a smaller calibration.batch would give all of them some"
             )
@@ -203,7 +203,7 @@ class Calibration:
             options = self._options
             note = explain_rank(targets, self._trace, self._prompts, options.steps, guided, options.tokens)
             if note:
-                self._warn(note)
+                self.warn(note)
         if deal_out and self._ranks.count > 1:
             packages = tuple(deal(package, self._ranks.rank, self._ranks.count) for package in packages)
             self.owners = {
@@ -303,7 +303,7 @@ class Calibration:
         self.facts.forwards = before + sum(forwards for forwards, _ in found)
         batch = min(batch for _, batch in found)
         if batch < self.facts.batch:
-            self._warn(f"memory ran out for another process: calibration goes on with a batch of {batch}")
+            self.warn(f"memory ran out for another process: calibration goes on with a batch of {batch}")
         self.facts.batch = batch
 
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
@@ -343,7 +343,7 @@ class Calibration:
 
         return weigh
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """Tells the user at once, and again in the report."""
         self.facts.warnings.append(text)
         self._progress.say(f"warning: {text}")
@@ -356,7 +356,7 @@ class Calibration:
                 "model.dtype"
             ) from error
         self.facts.batch //= 2
-        self._warn(f"memory ran out: calibration goes on with a batch of {self.facts.batch}")
+        self.warn(f"memory ran out: calibration goes on with a batch of {self.facts.batch}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -370,7 +370,7 @@ class Calibration:
         self.facts.tokens += tokens
         if skipped:
             self.facts.skipped[group.name] = skipped
-            self._warn(
+            self.warn(
                 f"{group.name}: {skipped} of {tokens + skipped} tokens were not finite and were left out of its moments"
             )
 

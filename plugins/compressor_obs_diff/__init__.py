@@ -165,7 +165,7 @@ class OBSDiff(Pruner):
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult | Removed]:
         """Package by package: gathers moments on the network as pruned so far, then solves the package's layers."""
         from compressor.structure import consumers
-        from compressor_obs_diff import budget, spread
+        from compressor_obs_diff import batch, budget, spread
         from compressor_obs_diff.groups import prune_groups
         from compressor_obs_diff.layers import prune_package
 
@@ -175,6 +175,10 @@ class OBSDiff(Pruner):
         choices = {group: numbers for group, numbers in choices.items() if numbers[-1]}
         packages = calibration.packages(consumers(choices) or component.targets, self.moments, deal_out=True)
         removals = {group: planned[group] for group in choices}
+        if isinstance(self.granularity, Elementwise):
+            slow = batch.note(self.solver, self.granularity, next(component.module.parameters()).device)
+            if slow is not None:
+                calibration.warn(slow)
         zeros: dict[str, int] | None = None
         moments: dict[str, Moments] = {}
         if self.spread:

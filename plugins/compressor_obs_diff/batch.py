@@ -1,22 +1,20 @@
-"""Problems of equal shape solved at once on a GPU, which one of them does not fill: factors, sweeps.
+"""Problems of equal shape solved at once on a GPU, which one of them does not fill: factors, sweeps, masks.
 
 Every problem has a Hessian of its own, and the layers that read one input, such as q, k and v, as its rows.
 """
 
-# Shapes: N problems of O outputs and I inputs; S layers of K scores in a block of B columns.
+# Shapes: N problems of O outputs and I inputs; S layers of K scores in a block of B columns, T turns.
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
-from importlib.util import find_spec
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from compressor.calibration import kernels
 from compressor.plugin import Elementwise
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.solver import Factor, factorise
@@ -28,33 +26,32 @@ FREE = 0.5
 """Nor do they take more than this share of the GPU memory that is free."""
 
 
+def pays(device: torch.device) -> bool:
+    """Whether problems of equal shape are solved at once: on a CPU there is nothing to fill."""
+    return device.type == "cuda"
+
+
 def possible(granularity: Elementwise, device: torch.device) -> bool:
-    """Whether there is a kernel for that; any other granularity has its masks asked for block by block."""
-    return type(granularity) in (Unstructured, NM) and device.type == "cuda" and works(device)
+    """Whether there is a kernel for that; any other granularity has its masks asked for layer by layer."""
+    return type(granularity) in (Unstructured, NM) and device.type == "cuda" and kernels.problem(device) is None
 
 
-@cache
-def works(device: torch.device) -> bool:
-    """Whether Triton is there and can compile, for which it needs a C compiler and Python's headers."""
-    if find_spec("triton") is None:
-        return False
-    try:
-        from compressor_obs_diff import sweep_kernel
-
-        sweep_kernel.trial(device)
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError):
-        return False
-    return True
+def note(solver: str, granularity: Elementwise, device: torch.device) -> str | None:
+    """A warning if weights will be chosen more slowly than a GPU can, or None."""
+    if device.type != "cuda" or possible(granularity, device):
+        return None
+    slow = "columns are swept one by one" if solver == "obs" else "masks are chosen layer by layer"
+    why = kernels.problem(device) or "they know only the granularities unstructured and n_m"
+    return f"{slow}, which costs a GPU many times as much as by kernels: {why}"
 
 
-def most(outputs: int, inputs: int, device: torch.device) -> int:
-    """How many problems are solved at once, by the memory that they need."""
+def most(numbers: int, device: torch.device) -> int:
+    """How many problems are solved at once, by the float32 numbers that one of them needs."""
     free = MOST_BYTES
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = FREE * (torch.cuda.mem_get_info(device)[0] + cached)
-    one = 4 * 3 * inputs * (inputs + outputs)  # at most three copies in float32, first of the Hessian
-    return max(1, int(min(MOST_BYTES, free) / one))
+    return max(1, int(min(MOST_BYTES, free) / (4 * numbers)))
 
 
 def factorise_batch(hessians: Sequence[Tensor], damping: float, names: Sequence[str]) -> tuple[Tensor, list[Factor]]:
@@ -115,7 +112,7 @@ def sweep_batch(
     """
     from compressor_obs_diff import sweep_kernel
 
-    problems, _, inputs = weight_NOI.shape
+    inputs = weight_NOI.shape[2]
     removed_NOI = torch.zeros_like(weight_NOI, dtype=torch.bool)
     diagonal_NI = upper_NII.diagonal(dim1=1, dim2=2)
     step = min(granularity.columns(block), inputs)
@@ -123,33 +120,97 @@ def sweep_batch(
     starts = range(0, inputs, block)
     stops = [min(start + block, inputs) for start in starts]
     n_m = (granularity.keep, granularity.of) if isinstance(granularity, NM) else None
-    equal = [] if n_m else _equal(rows, granularity, sparsities, stops, weight_NOI.device)
+
+    def zeros(outputs: int, share: float | None, turn: int) -> int:
+        until, before = (granularity.zeros(outputs, end, share) for end in (stops[turn], starts[turn]))
+        return until - before
+
+    equal = [] if n_m else _equal(rows, sparsities, zeros, len(stops), weight_NOI.device)
     for turn, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         for first, last, zeros_TS in equal:
             score_NOB = (weight_NOI[:, first:last, start:stop] / diagonal_NI[:, None, start:stop]).square_()
-            score_SK = score_NOB.reshape(zeros_TS.shape[1], -1)
-            chosen_SK = sweep_kernel.lowest_of_each(score_SK, zeros_TS[turn])
-            removed_NOI[:, first:last, start:stop] = chosen_SK.view(problems, last - first, stop - start)
+            removed_NOI[:, first:last, start:stop] = _lowest(score_NOB, zeros_TS[turn])
         error_NOB = sweep_kernel.sweep_block(weight_NOI, upper_NII, removed_NOI, start, stop - start, n_m)
         if stop < inputs:
             weight_NOI[:, :, stop:].baddbmm_(error_NOB, upper_NII[:, start:stop, stop:], alpha=-1)
     return removed_NOI
 
 
+def masks_of(
+    granularity: Elementwise,
+    rows: Sequence[int],
+    sparsities: Sequence[Sequence[float | None]],
+    shares: Sequence[float],
+    inputs: int,
+    device: torch.device,
+) -> Callable[[Tensor, int], Tensor]:
+    """What chooses the lowest of scores, of every layer of every problem for itself, in one turn after the other.
+
+    Args:
+        granularity: what is removed together.
+        rows: outputs of each layer of a problem, O together.
+        sparsities: the share of weights to remove, where the granularity needs one, of each layer of each problem.
+        shares: the share of that in each turn.
+        inputs: of all layers.
+        device: of the scores.
+
+    Returns:
+        A function of scores (N x O x I, contiguous, at least 0) and the number of the turn.
+    """
+
+    def zeros(outputs: int, share: float | None, turn: int) -> int:
+        return granularity.zeros(outputs, inputs, None if share is None else share * shares[turn])
+
+    def one_by_one(score_NOI: Tensor, turn: int) -> Tensor:
+        masks = [
+            torch.cat(
+                [
+                    granularity.mask(score, zeros(len(score), share, turn))
+                    for score, share in zip(score_OI.split(list(rows)), problem, strict=True)
+                ]
+            )
+            for score_OI, problem in zip(score_NOI, sparsities, strict=True)
+        ]
+        return torch.stack(masks)
+
+    if not possible(granularity, device):
+        return one_by_one
+    if isinstance(granularity, NM):
+        from compressor_obs_diff import sweep_kernel
+
+        keep, of = granularity.keep, granularity.of
+        return lambda score_NOI, _: sweep_kernel.lowest_of_groups(score_NOI, keep, of)
+    equal = _equal(rows, sparsities, zeros, len(shares), device)
+
+    def at_once(score_NOI: Tensor, turn: int) -> Tensor:
+        found = [_lowest(score_NOI[:, first:last], zeros_TS[turn]) for first, last, zeros_TS in equal]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    return at_once
+
+
+def _lowest(score_NOB: Tensor, zeros_S: Tensor) -> Tensor:
+    """Of layers that have as many rows, one after the other in every problem."""
+    from compressor_obs_diff import sweep_kernel
+
+    score_SK = score_NOB.reshape(len(zeros_S), -1).contiguous()
+    return sweep_kernel.lowest_of_each(score_SK, zeros_S).view(score_NOB.shape)
+
+
 def _equal(
     rows: Sequence[int],
-    granularity: Elementwise,
     sparsities: Sequence[Sequence[float | None]],
-    stops: Sequence[int],
+    zeros: Callable[[int, float | None, int], int],
+    turns: int,
     device: torch.device,
 ) -> list[tuple[int, int, Tensor]]:
-    """Runs of layers with as many rows: the first row, the last, and how many weights of each leave in every block."""
+    """Runs of layers with as many rows: the first row, the last, and how many weights of each leave in every turn."""
     found, first = [], 0
     for outputs, run in groupby(range(len(rows)), key=lambda layer: rows[layer]):
         layers = list(run)
-        shares = [problem[layer] for problem in sparsities for layer in layers]
-        until_TS = torch.tensor([[granularity.zeros(outputs, stop, share) for share in shares] for stop in stops])
+        asked = [problem[layer] for problem in sparsities for layer in layers]
         last = first + outputs * len(layers)
-        found.append((first, last, until_TS.diff(dim=0, prepend=torch.zeros(1, len(shares)).long()).to(device)))
+        zeros_TS = torch.tensor([[zeros(outputs, share, turn) for share in asked] for turn in range(turns)])
+        found.append((first, last, zeros_TS.to(device)))
         first = last
     return found

@@ -1,39 +1,56 @@
-"""Solves the layers of one package: one factorisation for all layers that share an input."""
+"""Solves the layers of one package: one factorisation for all layers that share an input, equal shapes at once."""
 
-# Shapes: N problems of O outputs and I inputs.
+# Shapes: N problems of O outputs and I inputs; L layers of each; B blocks of K outputs.
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from compressor.plugin import Elementwise, LayerResult
-from compressor_obs_diff import batch
-from compressor_obs_diff.least_squares import MOST_STEPS, fit
-from compressor_obs_diff.metric import INDEPENDENT, metric_of
-from compressor_obs_diff.solver import energy, explain_damping, relative_error
-from compressor_obs_diff.solvers import SOLVERS, Problem
+from compressor_obs_diff import admm, batch
+from compressor_obs_diff.least_squares import fit
+from compressor_obs_diff.metric import INDEPENDENT, metrics_of
+from compressor_obs_diff.quadratic import Quadratic
+from compressor_obs_diff.solver import Factor, energy, explain_damping, factorise, sweep_together
 
 if TYPE_CHECKING:
     from compressor.calibration import Group, Moments, Package
     from compressor.structure import Target
     from compressor_obs_diff import OBSDiff
 
-T = TypeVar("T")
-
-COUPLED_STEPS = 50
-"""Of the refit in the outputs' metric, whose rows depend on one another: ADMM leaves little to do."""
 MOST_TOGETHER = 2**26
-"""Weights that are swept at once: 256 MB a copy in float32. A layer that has more is swept alone."""
+"""Weights that are solved at once: 256 MB a copy in float32. A layer that has more is solved alone."""
 LEAST_SPREAD = 1e-4
 """Of the inputs about their mean, relative to their squares; below it, no bias absorbs the mean."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What layers that read one input have in common.
+
+    Attributes:
+        second_II: the Hessian, undamped, float32.
+        damping: asked for, relative to the mean diagonal.
+        name: a layer, for errors.
+    """
+
+    second_II: Tensor
+    damping: float
+    name: str
+
+    @cached_property
+    def factor(self) -> Factor:
+        """The inverse Hessian as a triangle, and the damping that was needed for it."""
+        return factorise(self.second_II, self.damping, self.name)
 
 
 @torch.no_grad()
@@ -42,7 +59,8 @@ def prune_package(
 ) -> Iterator[LayerResult]:
     """Prunes every layer of a package in place, freeing each group's moments when its layers are done.
 
-    The sweep takes problems of equal shape at once on a GPU; then results come in the order of the shapes.
+    On a GPU layers of equal shape are solved at once, from whatever block and stream; then results come in the order of
+    the shapes.
 
     Args:
         options: an elementwise granularity, objective, solver, refit, damping and block.
@@ -50,80 +68,77 @@ def prune_package(
         moments: by group; emptied.
         zeros: how many of each layer, by name; as many as `options.zeros` says if none.
     """
-    assert isinstance(options.granularity, Elementwise)
-    devices = {found.total_I.device for found in moments.values()}
-    if options.solver == "obs" and all(batch.possible(options.granularity, device) for device in devices):
-        yield from _prune_alike(options, package, moments, zeros)
-        return
-    for group in package.groups:
-        start = time.perf_counter()
-        gathered = moments.pop(group.name)
-        for members in _together(options, problems_of(options, group, gathered)):
-            counts = [options.zeros(target) if zeros is None else zeros[target.name] for target, *_ in members]
-            solved = _solve(options, members, counts, gathered)
-            seconds = time.perf_counter() - start
-            rows = sum(target.outputs for target, *_ in members)
-            for (target, problem, absorbed_I), count, (old_OI, new_OI, notes) in zip(
-                members, counts, solved, strict=True
-            ):
-                start = time.perf_counter()
-                weight, bias = target.module.weight, target.module.bias
-                weight.copy_(new_OI)
-                if bias is not None and absorbed_I is not None:
-                    bias.copy_(bias.float() + (old_OI - weight.float()) @ absorbed_I)
-                error = relative_error(old_OI, weight.float(), problem.second_II, gathered.second_II)
-                yield LayerResult(
-                    name=target.name,
-                    error=error,
-                    damping=problem.factor.damping,
-                    seconds=seconds * target.outputs / rows + time.perf_counter() - start,
-                    notes=notes,
-                    zeros=count,
-                )
-            start = time.perf_counter()
-
-
-def _prune_alike(
-    options: OBSDiff, package: Package, moments: dict[str, Moments], zeros: Mapping[str, int] | None
-) -> Iterator[LayerResult]:
-    """The layers of a package, those of equal shape at once, from whatever block and stream."""
-    alike: dict[tuple[int, tuple[int, ...]], list[Group]] = {}
-    for group in package.groups:
-        for part in _parts(options, group):
-            alike.setdefault((part.inputs, tuple(target.outputs for target in part.targets)), []).append(part)
-    left = Counter(part.name for parts in alike.values() for part in parts)
-    for (inputs, rows), parts in alike.items():
-        most = batch.most(sum(rows), inputs, moments[parts[0].name].total_I.device)
-        size = -(-len(parts) // -(-len(parts) // most))  # as equal as can be
-        for start in range(0, len(parts), size):
-            chunk = parts[start : start + size]
-            found = _solve_alike(options, chunk, [moments[part.name] for part in chunk], zeros)
-            left.subtract(part.name for part in chunk)
-            for part in chunk:
-                if not left[part.name]:
-                    moments.pop(part.name, None)
-            yield from found
+    parts = [part for group in package.groups for part in _parts(options, group)]
+    left = Counter(part.name for part in parts)
+    for chunk in _chunks(options, parts, moments):
+        results = _solve(options, chunk, [moments[part.name] for part in chunk], zeros)
+        left.subtract(part.name for part in chunk)
+        for part in chunk:
+            if not left[part.name]:
+                moments.pop(part.name, None)
+        yield from results
 
 
 def _parts(options: OBSDiff, group: Group) -> Iterator[Group]:
-    """A group's layers, as they are solved at once: with one Hessian, and no more than memory is meant for."""
-    absorbing = groupby(group.targets, key=lambda target: options.refit and target.module.bias is not None)
-    for _, targets in absorbing:
-        for together in _cut(list(targets), lambda target: target.module.weight.numel()):
-            yield replace(group, targets=tuple(together))
+    """A group's layers, as they are solved at once: with one Hessian, and no more than memory is meant for.
+
+    With metrics they have as many outputs, so that these have equal blocks.
+    """
+
+    def alike(target: Target) -> tuple[bool, int]:
+        absorbs = options.refit and target.module.bias is not None
+        return absorbs, target.outputs if options.objective == "network" else 0
+
+    for _, targets in groupby(group.targets, key=alike):
+        together: list[Target] = []
+        for target in targets:
+            if together and sum(each.module.weight.numel() for each in (*together, target)) > MOST_TOGETHER:
+                yield replace(group, targets=tuple(together))
+                together = []
+            together.append(target)
+        yield replace(group, targets=tuple(together))
 
 
-def _solve_alike(
+def _chunks(options: OBSDiff, parts: Sequence[Group], moments: Mapping[str, Moments]) -> Iterator[Sequence[Group]]:
+    """What is solved at once: on a GPU parts of equal shape, as many as memory is meant for; else each by itself."""
+    alike: dict[object, list[Group]] = {}
+    for place, part in enumerate(parts):
+        device = moments[part.name].total_I.device
+        shape = (part.inputs, *(target.outputs for target in part.targets))
+        alike.setdefault((device, shape) if batch.pays(device) else place, []).append(part)
+    for same in alike.values():
+        gathered = moments[same[0].name]
+        most = batch.most(_numbers(options, same[0], gathered), gathered.total_I.device)
+        size = -(-len(same) // -(-len(same) // most))  # as equal as can be
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+def _numbers(options: OBSDiff, part: Group, gathered: Moments) -> int:
+    """How many float32 numbers a problem needs at the most, its moments aside."""
+    squares, copies, metric = 3, 4, 0
+    if options.solver == "admm" or options.refit:
+        # A, it in halves, its inverse in the making; B, what differs from it, its halves and the like
+        squares, copies = 6, 12
+    if options.solver == "admm":
+        levels = 2  # of rho, one of which is in the making
+        if options.objective == "network":
+            levels = admm.MOST - admm.LEAST + 1
+            # K, its eigenvectors, and all of them in halves
+            metric = 10 * sum(gathered.gradients[target.name].second_BKK.numel() for target in part.targets)
+        squares += -(-3 * levels // 2)
+    outputs = sum(target.outputs for target in part.targets)
+    return squares * part.inputs**2 + copies * part.inputs * outputs + metric
+
+
+def _solve(
     options: OBSDiff, parts: Sequence[Group], gathered: Sequence[Moments], zeros: Mapping[str, int] | None
 ) -> list[LayerResult]:
     start = time.perf_counter()
-    assert isinstance(options.granularity, Elementwise)
     members = [list(problems_of(options, part, found)) for part, found in zip(parts, gathered, strict=True)]
     problems = [found[0][1] for found in members]
-    upper_NII, factors = batch.factorise_batch(
-        [problem.second_II for problem in problems], options.damping, [problem.name for problem in problems]
-    )
-    problems = [replace(problem, factored=factor) for problem, factor in zip(problems, factors, strict=True)]
+    hessians = [problem.second_II for problem in problems]
+    upper_NII, factors = batch.factorise_batch(hessians, options.damping, [problem.name for problem in problems])
     rows = [target.outputs for target in parts[0].targets]
     weight_NOI = torch.empty(len(parts), sum(rows), parts[0].inputs, device=upper_NII.device)
     for weight_OI, part in zip(weight_NOI, parts, strict=True):
@@ -133,42 +148,120 @@ def _solve_alike(
         [options.zeros(target) if zeros is None else zeros[target.name] for target in part.targets] for part in parts
     ]
     shares = [_shares(options, part.targets, asked) for part, asked in zip(parts, counts, strict=True)]
-    removed_NOI = batch.sweep_batch(weight_NOI, upper_NII, rows, options.granularity, shares, options.block)
+    known_NL = None
+    if options.solver == "obs":
+        new_NOI, removed_NOI = _sweep(options, weight_NOI, upper_NII, rows, shares)
+        del upper_NII
+        quadratic = Quadratic(_damped(hessians, factors)) if options.refit else None
+    else:
+        del upper_NII
+        metric_NBKK = None
+        if options.objective == "network":
+            metric_NBKK, known_NL = _metrics(parts, gathered)
+        quadratic = Quadratic(_damped(hessians, factors), metric_NBKK)
+        del metric_NBKK
+        new_NOI, removed_NOI = _admm(options, weight_NOI, quadratic, rows, shares)
+    if quadratic is not None and options.refit:
+        new_NOI = fit(weight_NOI, quadratic, removed_NOI, new_NOI).weight_NOI
+    del quadratic, removed_NOI
     errors = [
-        _keep(options, found, problem, moments, new_OI, removed_OI)
-        for found, problem, moments, new_OI, removed_OI in zip(
-            members, problems, gathered, weight_NOI, removed_NOI, strict=True
+        _keep(found, problem, moments, old_OI, new_OI)
+        for found, problem, moments, old_OI, new_OI in zip(
+            members, problems, gathered, weight_NOI, new_NOI, strict=True
         )
     ]
-    errors = torch.stack(errors).tolist()  # one wait for the GPU, for all of them
+    errors = torch.stack(errors).tolist()  # waits for the GPU once, for all of them
+    known = known_NL.tolist() if known_NL is not None else [[True] * len(rows)] * len(parts)
     seconds = (time.perf_counter() - start) / (len(parts) * sum(rows))
     return [
         LayerResult(
             name=target.name,
             error=error,
-            damping=problem.factor.damping,
+            damping=factor.damping,
             seconds=seconds * target.outputs,
-            notes=explain_damping(problem.factor.damping, options.damping, problem.factor.dtype),
+            notes=(
+                *explain_damping(factor.damping, options.damping, factor.dtype),
+                *(() if has_metric else (INDEPENDENT,)),
+            ),
             zeros=count,
         )
-        for part, problem, asked, lost in zip(parts, problems, counts, errors, strict=True)
-        for target, count, error in zip(part.targets, asked, lost, strict=True)
+        for part, factor, *of_layers in zip(parts, factors, counts, errors, known, strict=True)
+        for target, count, error, has_metric in zip(part.targets, *of_layers, strict=True)
     ]
 
 
-def _keep(
-    options: OBSDiff, members: Sequence[Member], problem: Problem, gathered: Moments, new_OI: Tensor, removed_OI: Tensor
-) -> Tensor:
-    """Writes the layers of one problem back, and gives their relative errors; only a refit waits for the GPU."""
+def _shares(options: OBSDiff, targets: Sequence[Target], counts: Sequence[int]) -> list[float | None]:
+    return [
+        count / target.module.weight.numel() if options.granularity.needs_sparsity else None
+        for count, target in zip(counts, targets, strict=True)
+    ]
+
+
+def _sweep(
+    options: OBSDiff,
+    weight_NOI: Tensor,
+    upper_NII: Tensor,
+    rows: Sequence[int],
+    shares: Sequence[Sequence[float | None]],
+) -> tuple[Tensor, Tensor]:
+    """The new weights and what was removed."""
+    assert isinstance(options.granularity, Elementwise)
+    if batch.possible(options.granularity, weight_NOI.device):
+        new_NOI = weight_NOI.clone()
+        return new_NOI, batch.sweep_batch(new_NOI, upper_NII, rows, options.granularity, shares, options.block)
+    swept = [
+        sweep_together(weight_OI.split(list(rows)), upper_II, options.granularity, asked, options.block)
+        for weight_OI, upper_II, asked in zip(weight_NOI, upper_NII, shares, strict=True)
+    ]
+    new = [torch.cat([new_OI for new_OI, _ in layers]) for layers in swept]
+    removed = [torch.cat([removed_OI for _, removed_OI in layers]) for layers in swept]
+    return torch.stack(new), torch.stack(removed)
+
+
+def _admm(
+    options: OBSDiff,
+    weight_NOI: Tensor,
+    quadratic: Quadratic,
+    rows: Sequence[int],
+    shares: Sequence[Sequence[float | None]],
+) -> tuple[Tensor, Tensor]:
+    """The new weights and what was removed."""
+    assert isinstance(options.granularity, Elementwise)
+    masks = batch.masks_of(options.granularity, rows, shares, admm.shares(), weight_NOI.shape[2], weight_NOI.device)
+    return admm.choose(weight_NOI, quadratic, masks)
+
+
+def _damped(hessians: Sequence[Tensor], factors: Sequence[Factor]) -> Tensor:
+    """The Hessians (N x I x I) with the damping that was needed."""
+    damped_NII = torch.stack(list(hessians))
+    for damped_II, factor in zip(damped_NII, factors, strict=True):
+        damped_II.diagonal().add_(factor.damping * damped_II.diagonal().mean())
+    return damped_NII
+
+
+def _metrics(parts: Sequence[Group], gathered: Sequence[Moments]) -> tuple[Tensor, Tensor]:
+    """Those of all outputs, in blocks (N x B x K x K), and for which layers there is one (N x L)."""
+    second_NBKK = torch.stack(
+        [
+            torch.cat([moments.gradients[target.name].second_BKK for target in part.targets])
+            for part, moments in zip(parts, gathered, strict=True)
+        ]
+    )
+    return metrics_of(second_NBKK, len(parts[0].targets))
+
+
+Member = tuple["Target", Problem, Tensor | None]
+"""A layer, its problem, and the mean of its inputs if its bias absorbs that."""
+
+
+def _keep(members: Sequence[Member], problem: Problem, gathered: Moments, old_OI: Tensor, new_OI: Tensor) -> Tensor:
+    """Writes the layers of one problem back, and gives their relative errors (L), without waiting for a GPU."""
     assert gathered.second_II is not None
     rows = [target.outputs for target, *_ in members]
-    old_OI = torch.cat([target.module.weight.detach().float() for target, *_ in members])
     kept_OI = torch.empty_like(old_OI)
-    for (target, _, absorbed_I), dense_OI, gone_OI, found_OI, stored_OI in zip(
-        members, *(whole_OI.split(rows) for whole_OI in (old_OI, removed_OI, new_OI, kept_OI)), strict=True
+    for (target, _, absorbed_I), dense_OI, found_OI, stored_OI in zip(
+        members, *(whole_OI.split(rows) for whole_OI in (old_OI, new_OI, kept_OI)), strict=True
     ):
-        if options.refit:  # each by itself, as its own error says when to end
-            found_OI = fit(dense_OI, problem.damped_II, gone_OI, found_OI).weight_OI  # noqa: PLW2901
         target.module.weight.copy_(found_OI)
         stored_OI.copy_(target.module.weight)
         if target.module.bias is not None and absorbed_I is not None:
@@ -179,71 +272,8 @@ def _keep(
     return torch.where(total > 0, lost / total, 0)
 
 
-Member = tuple["Target", Problem, Tensor | None]
-"""A layer, its problem, and the mean of its inputs if its bias absorbs that."""
-
-
-def _together(options: OBSDiff, members: Iterator[Member]) -> Iterator[list[Member]]:
-    """Layers one after the other that are solved at once: the sweep takes all rows that share a factor, as q, k and v.
-
-    ADMM takes each by itself, as the metrics of their outputs need memory.
-    """
-    if options.solver != "obs":
-        yield from ([member] for member in members)
-        return
-    for _, found in groupby(list(members), key=lambda member: id(member[1])):
-        yield from _cut(list(found), lambda member: member[0].module.weight.numel())
-
-
-def _cut(found: Sequence[T], weights: Callable[[T], int]) -> Iterator[list[T]]:
-    """Cuts what comes one after the other where it would have too many weights together."""
-    together: list[T] = []
-    for one in found:
-        if together and sum(map(weights, [*together, one])) > MOST_TOGETHER:
-            yield together
-            together = []
-        together.append(one)
-    yield together
-
-
-def _solve(
-    options: OBSDiff, members: Sequence[Member], counts: Sequence[int], gathered: Moments
-) -> list[tuple[Tensor, Tensor, tuple[str, ...]]]:
-    """For each layer the old weights in float32, the new ones, and what the user should know."""
-    problem = members[0][1]
-    notes = [explain_damping(problem.factor.damping, options.damping, problem.factor.dtype)] * len(members)
-    metrics: list[Tensor | None] = [None] * len(members)
-    if options.objective == "network":
-        metrics = [metric_of(gathered.gradients.pop(target.name)) for target, *_ in members]
-        notes = [
-            note if metric is not None else (*note, INDEPENDENT) for note, metric in zip(notes, metrics, strict=True)
-        ]
-    old = [target.module.weight.detach().to(torch.float32, copy=True) for target, *_ in members]
-    shares = _shares(options, [target for target, *_ in members], counts)
-    found = SOLVERS[options.solver](old, problem, shares, metrics)
-    new = [new_OI for new_OI, _ in found]
-    if options.refit:
-        new = [
-            fit(old_OI, problem.damped_II, removed_OI, new_OI, metric_BKK, _most_steps(metric_BKK)).weight_OI
-            for old_OI, (new_OI, removed_OI), metric_BKK in zip(old, found, metrics, strict=True)
-        ]
-    return list(zip(old, new, notes, strict=True))
-
-
-def _shares(options: OBSDiff, targets: Sequence[Target], counts: Sequence[int]) -> list[float | None]:
-    return [
-        count / target.module.weight.numel() if options.granularity.needs_sparsity else None
-        for count, target in zip(counts, targets, strict=True)
-    ]
-
-
-def _most_steps(metric_BKK: Tensor | None) -> int:
-    return MOST_STEPS if metric_BKK is None else COUPLED_STEPS
-
-
 def problems_of(options: OBSDiff, group: Group, moments: Moments) -> Iterator[Member]:
     """Each layer of a group, its problem, which others may share, and the mean that its bias absorbs, if it does."""
-    assert isinstance(options.granularity, Elementwise)
     assert moments.second_II is not None
     mean_I = _mean(moments) if options.refit else None
     problems: dict[bool, Problem] = {}
@@ -254,23 +284,21 @@ def problems_of(options: OBSDiff, group: Group, moments: Moments) -> Iterator[Me
             problems[absorbs] = Problem(
                 moments.second_II if absorbed_I is None else _about(absorbed_I, moments),
                 options.damping,
-                options.granularity,
-                options.block,
                 target.name,
             )
         yield target, problems[absorbs], absorbed_I
 
 
-def _mean(moments: Moments) -> Tensor | None:
-    """Of the inputs, or None where they hardly differ from it, so that nothing would be left to choose weights by."""
+def _mean(moments: Moments) -> Tensor:
+    """Of the inputs, or zeros where they hardly differ from it, so that nothing would be left to choose weights by."""
     assert moments.second_II is not None
     mean_I = (moments.total_I / moments.weight).to(moments.total_I.dtype)
     squares = moments.second_II.diagonal().sum()
     spread = squares - moments.weight * mean_I.square().sum()
-    return mean_I if spread > LEAST_SPREAD * squares else None
+    return torch.where(spread > LEAST_SPREAD * squares, mean_I, 0)
 
 
 def _about(mean_I: Tensor, moments: Moments) -> Tensor:
     """The second moment about the mean: what is left of an error once the bias has absorbed its mean."""
     assert moments.second_II is not None
-    return torch.addr(moments.second_II, mean_I, mean_I, alpha=-moments.weight.item())
+    return torch.addr(moments.second_II, mean_I * moments.weight, mean_I, alpha=-1)

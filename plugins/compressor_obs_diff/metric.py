@@ -21,14 +21,30 @@ INDEPENDENT = "the network's output does not depend on it: its own outputs' erro
 """A note for a layer whose gradients are all zero, where the network's output is the objective."""
 
 
+def metrics_of(second_NBKK: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+    """The damped means of g g^T, each layer's in units of its mean diagonal.
+
+    Args:
+        second_NBKK: the sums, of so many layers of each of N problems, in a row. Not changed.
+        layers: of a problem, each with as many blocks.
+
+    Returns:
+        The metrics (N x B x K x K), and for which layers there is one (N x layers): where all gradients are zero, or
+        some are not finite, all outputs count the same.
+    """
+    blocks = second_NBKK.shape[1] // layers
+    mean_NL = second_NBKK.diagonal(dim1=2, dim2=3).unflatten(1, (layers, blocks)).mean((2, 3))
+    known_NL = mean_NL.isfinite() & (mean_NL > 0)
+    mean_NB11, known_NB11 = (each_NL.repeat_interleave(blocks, 1)[..., None, None] for each_NL in (mean_NL, known_NL))
+    metric_NBKK = torch.where(known_NB11, second_NBKK / mean_NB11, 0)
+    metric_NBKK.diagonal(dim1=2, dim2=3).add_(DAMPING)
+    return metric_NBKK, known_NL
+
+
 def metric_of(gradients: Gradients) -> Tensor | None:
     """The damped mean of g g^T (B x K x K), in units of its mean diagonal; None where all are zero or not finite."""
-    mean = gradients.second_BKK.diagonal(dim1=1, dim2=2).mean()
-    if not (torch.isfinite(mean) and mean > 0):
-        return None
-    metric_BKK = gradients.second_BKK / mean
-    metric_BKK.diagonal(dim1=1, dim2=2).add_(DAMPING)
-    return metric_BKK
+    metric_NBKK, known_NL = metrics_of(gradients.second_BKK[None], 1)
+    return metric_NBKK[0] if known_NL.item() else None
 
 
 def slopes_of(gradients: Gradients) -> Tensor | None:

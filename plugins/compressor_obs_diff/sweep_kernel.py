@@ -1,4 +1,4 @@
-"""Triton kernels for the sweep on a GPU: the columns of a block one after the other, and thresholds of many layers.
+"""Triton kernels for the sweep on a GPU: the columns of a block one after the other, and masks of many layers.
 
 Imported only where tensors lie on a GPU and Triton is there. `solver.sweep_together` does the same in PyTorch, and is
 the reference.
@@ -25,11 +25,8 @@ CHUNKS = 16
 """How many of these it takes one after the other, at the least."""
 MOST_PROGRAMS = 512
 """Of a pass, for every set of scores."""
-
-
-def trial(device: torch.device) -> None:
-    """Compiles and runs a kernel, for its errors."""
-    lowest_of_each(torch.zeros(1, CHUNK, device=device), torch.ones(1, dtype=torch.int64, device=device))
+PAIRS = 4096
+"""Of scores in groups of M, that a program compares."""
 
 
 def sweep_block(
@@ -203,3 +200,46 @@ def _count_below(
         value = tl.load(bits + own.to(tl.int64) * scores + place, mask=place < scores, other=2**31 - 1)
         count += (value[:, None] < candidate[None, :]).to(tl.int32)
     tl.atomic_add(below + (turn * sets + own) * 2**DIGIT + digit, tl.sum(count, 0).to(tl.int64))
+
+
+def lowest_of_groups(score_NOI: Tensor, keep: int, of: int) -> Tensor:
+    """Marks all but the `keep` highest of every `of` consecutive inputs, as `sparsity.lowest_of_groups` does.
+
+    Args:
+        score_NOI: contiguous, with I a multiple of `of`. Not changed.
+        keep: N of N:M.
+        of: M of N:M.
+
+    Returns:
+        Boolean N x O x I, True where one was chosen.
+    """
+    chosen_NOI = torch.empty_like(score_NOI, dtype=torch.bool)
+    size = triton.next_power_of_2(of)
+    groups = max(1, PAIRS // size**2)
+    kernel: Any = _lowest_of_groups
+    with torch.cuda.device_of(score_NOI):
+        kernel[(triton.cdiv(score_NOI.numel() // of, groups),)](
+            score_NOI, chosen_NOI.view(torch.uint8), score_NOI.numel() // of, KEEP=keep, OF=of, GROUPS=groups, SIZE=size
+        )
+    return chosen_NOI
+
+
+@triton.jit
+def _lowest_of_groups(
+    score,
+    chosen,
+    count,
+    KEEP: tl.constexpr,
+    OF: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    member = tl.arange(0, SIZE)[None, :]
+    inside = (group < count) & (member < OF)
+    place = group * OF + member
+    value = tl.load(score + place, mask=inside, other=float("inf"))  # what is outside of a group is not below any
+    own, other = value[:, :, None], value[:, None, :]
+    earlier = member[:, None, :] < member[:, :, None]
+    before = tl.sum(((other < own) | ((other == own) & earlier)).to(tl.int32), 2)
+    tl.store(chosen + place, (before < OF - KEEP).to(tl.uint8), mask=inside)
