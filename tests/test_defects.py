@@ -177,9 +177,10 @@ def work_done_again_and_again(folder: Path) -> None:
     pipeline.pipe.text_encoder.register_forward_pre_hook(encoded)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.pipe.vae, "decode", None)
-        from compressor_obs_diff import solvers
+        from compressor_obs_diff import batch
 
-        patch.setattr(solvers, "factorise", lambda *args: factorised.append(args[2]) or factorise(*args))
+        factorise = batch.factorise_batch
+        patch.setattr(batch, "factorise_batch", lambda *args: factorised.extend(args[2]) or factorise(*args))
         calibration = tiny.calibrate(pipeline, packages=4, guidance=1.0)
         results = list(OBSDiff.model_validate({"sparsity": 0.5}).prune(tiny.component(pipeline), calibration))
     assert len(results) == len(pipeline.targets) == 21

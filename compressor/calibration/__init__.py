@@ -245,7 +245,7 @@ class Calibration:
                     raise
                 self._halve_batch(package, error)
         if self._replay is not None and self._replay.problem is not None:
-            self._warn(f"forwards were not replayed by CUDA graphs, which would be faster: {self._replay.problem}")
+            self.warn(f"forwards were not replayed by CUDA graphs, which would be faster: {self._replay.problem}")
             self._replay = None
         self._share(package, moments)
         self._settle(forwards)
