@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor_obs_diff.greedy import Fusion, Search, part
-from compressor_obs_diff.solver import factorise
+from compressor_obs_diff.solver import MOST_DAMPING, check_inputs, indefinite
 from compressor_obs_diff.triangular import inverse_factor
 
 MOST = 48  # problems solved together on a GPU
@@ -301,28 +301,24 @@ class _Systems:
             diagonal_NI[n] += damping * self.level_N[n]
 
     def factorise(self) -> Tensor:
-        """L^-1 of the damped Hessians, N x I x I; where there is none, the damping is raised."""
-        factor_NII, info_N = inverse_factor(self.damped_NII.clone())
-        sound_N = (info_N == 0) & torch.isfinite(factor_NII.sum((1, 2)))
-        for n, sound in enumerate(sound_N.tolist()):
-            if not sound:
-                factor_NII[n] = self._damp_further(n)
-        return factor_NII
+        """L^-1 of the damped Hessians, N x I x I; where there is none, the damping is raised tenfold until there is.
 
-    def _damp_further(self, n: int) -> Tensor:
-        """Raises the damping of a stream until its Hessian can be factorised, and returns L^-1."""
-        damped_II, level, asked = self.damped_NII[n], self.level_N[n], self.dampings[n]
-        second_II = damped_II.clone()
-        second_II.diagonal().sub_(asked * level)
-        damping = factorise(second_II.float(), asked, self.streams[n].name).damping
-        damped_II.diagonal().add_((damping - asked) * level)
-        while True:
-            factor_II, info = inverse_factor(damped_II.clone())
-            if info == 0:  # else it is what float32 let pass by its rounding
-                self.dampings[n] = damping
-                return factor_II
-            damped_II.diagonal().add_(9 * damping * level)
-            damping *= 10
+        Raises:
+            CompressorError: as `solver.factorise`.
+        """
+        factor_NII, unsound = _try(self.damped_NII)
+        for n in unsound:
+            check_inputs(self.level_N[n], self.streams[n].name)
+        while unsound:
+            for n in unsound:
+                self.damped_NII[n].diagonal().add_(9 * self.dampings[n] * self.level_N[n])
+                self.dampings[n] *= 10
+                if self.dampings[n] > MOST_DAMPING:
+                    raise indefinite(self.streams[n].name, self.dampings[n] / 10)
+            again_NII, still = _try(self.damped_NII[unsound])
+            factor_NII[unsound] = again_NII
+            unsound = [unsound[n] for n in still]
+        return factor_NII
 
     def refits(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Refit]:
         """The streams with some of their inputs, given as those kept and those gone, both ascending.
@@ -367,3 +363,10 @@ class _Systems:
             difference_OI = torch.zeros_like(self.weights[n])
             found.append(difference_OI.index_copy_(1, columns_K, added_OK).index_copy_(1, gone_Q, -away_OQ))
         return found
+
+
+def _try(damped_NII: Tensor) -> tuple[Tensor, list[int]]:
+    """L^-1 of several matrices, and which have none."""
+    factor_NII, info_N = inverse_factor(damped_NII.clone())
+    sound_N = (info_N == 0) & torch.isfinite(factor_NII.sum((1, 2)))
+    return factor_NII, [n for n, sound in enumerate(sound_N.tolist()) if not sound]

@@ -18,6 +18,9 @@ from compressor.errors import CompressorError
 from compressor.plugin import Elementwise
 from compressor_obs_diff.triangular import inverse_factor
 
+MOST_DAMPING = 10
+"""Relative to the mean diagonal."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -46,26 +49,44 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
         name: the layer, for the error.
 
     Raises:
-        CompressorError: if the Hessian is zero or not finite, or cannot be factorised with a damping of up to 10.
+        CompressorError: if the Hessian is zero or not finite, or no damping up to `MOST_DAMPING` helps.
     """
     mean = hessian_II.diagonal().mean()
-    if not torch.isfinite(mean) or mean <= 0:
-        raise CompressorError(
-            f"{name}: the mean of the squared inputs should be positive and finite, found {mean.item()}; nothing "
-            "reached this layer during calibration, or its activations overflow"
-        )
+    check_inputs(mean, name)
     for dtype in (torch.float32, torch.float64):
         reversed_II = hessian_II.flip(0, 1).to(dtype)
         scale = damping
-        while scale <= 10:
+        while scale <= MOST_DAMPING:
             damped_II = reversed_II.clone()
             damped_II.diagonal().add_(scale * mean.to(dtype))
             inverse_II, info = inverse_factor(damped_II)
             if (info == 0) & torch.isfinite(inverse_II).all():
                 return Factor(inverse_II.flip(0, 1).float().contiguous(), scale, dtype)
             scale *= 10
-    raise CompressorError(
-        f"{name}: its Hessian cannot be factorised, even in float64 with a damping of {scale / 10:g} times its mean "
+    raise indefinite(name, scale / 10)
+
+
+def check_inputs(mean: Tensor, name: str) -> None:
+    """Makes sure that something can be told from a Hessian.
+
+    Args:
+        mean: of its diagonal.
+        name: the layer, for the error.
+
+    Raises:
+        CompressorError: if it is zero or not finite.
+    """
+    if not torch.isfinite(mean) or mean <= 0:
+        raise CompressorError(
+            f"{name}: the mean of the squared inputs should be positive and finite, found {mean.item()}; nothing "
+            "reached this layer during calibration, or its activations overflow"
+        )
+
+
+def indefinite(name: str, damping: float) -> CompressorError:
+    """The error for a Hessian that no damping up to that one helped."""
+    return CompressorError(
+        f"{name}: its Hessian cannot be factorised, even in float64 with a damping of {damping:g} times its mean "
         "diagonal; calibrate with more prompts"
     )
 
