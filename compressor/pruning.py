@@ -13,7 +13,7 @@ from compressor import checkpoint, offload
 from compressor.calibration import Calibration
 from compressor.entries import Entry
 from compressor.errors import CompressorError
-from compressor.pipeline import Pipeline
+from compressor.pipeline import Pipeline, current
 from compressor.plugin import LayerResult, Removed
 from compressor.progress import Progress
 from compressor.ranks import ALONE, Ranks, fingerprint
@@ -64,7 +64,10 @@ def prune(
     removed: dict[str, Removed] = {}
     offload.bring(pipeline.module)
     start = time.perf_counter()
-    with progress.task(f"pruning with {entry.name}", len(entry.calibrated)) as advance:
+    with (
+        current(pipeline.device),
+        progress.task(f"pruning with {entry.name}", len(entry.calibrated)) as advance,
+    ):
         for result in entry.pruner.prune(entry.component, calibration):
             if isinstance(result, Removed):
                 removed[result.group.name] = result

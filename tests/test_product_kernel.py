@@ -77,6 +77,7 @@ TYPES = {
     "tokens": "*i64",
     "skipped": "*i64",
     "weight_sum": "*fp64",
+    "live": "*fp64",
     "copy": "*fp16",
     "weight": "fp64",
     "rows": "*i32",

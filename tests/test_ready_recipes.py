@@ -91,9 +91,9 @@ def test_a_ready_structured_recipe_removes_the_share_it_is_called_by_in_aligned_
 def test_the_best_recipes_name_what_the_readme_recommends(name):
     pruner = recipe.load(name).prune[0].pruner
     given = {key: getattr(pruner, key) for key in ("solver", "refit", "objective", "spread")}
-    assert given == {"solver": "admm", "refit": True, "objective": "network", "spread": 0.1}
+    assert given == {"solver": "admm", "refit": True, "objective": "network", "spread": 0.2}
     readme = Path(__file__).parents[1] / "README.md"
-    assert "solver: admm, refit: true, objective: network, spread: 0.1}" in readme.read_text(encoding="utf-8")
+    assert "solver: admm, refit: true, objective: network, spread: 0.2}" in readme.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", READY)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -43,6 +46,9 @@ class Graph:
         self._again = lambda: plain(*args, **kwargs)
         self.result: Any = None
 
+    def pool(self) -> None:
+        """None on a CPU."""
+
     def replay(self) -> None:
         new = self._again()
         (kept,), (found,) = (each.values() if isinstance(each, dict) else each for each in (self.result, new))
@@ -53,7 +59,7 @@ class Graph:
 def network(monkeypatch) -> Network:
     """One whose forwards are recorded on the CPU: by calling them whenever they are replayed."""
 
-    def record(plain: Any, leaves: list[Any], spec: Any, _meter: Meter) -> Any:
+    def record(plain: Any, leaves: list[Any], spec: Any, _meter: Meter, _pool: Any) -> Any:
         kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = replay._pytree.tree_unflatten(kept, spec)
         before = found.sum.clone()
@@ -64,6 +70,7 @@ def network(monkeypatch) -> Network:
 
     found = Network()
     monkeypatch.setattr(replay, "_record", record)
+    monkeypatch.setattr(replay, "_watched", lambda work: (work(), False))
     monkeypatch.setattr(replay, "_on_current_gpu", lambda x: x.device.type == "cpu")
     return found
 
@@ -81,7 +88,7 @@ class Counter(Meter):
 
 
 @torch.no_grad()
-def test_the_second_forward_of_a_kind_is_recorded_and_all_further_ones_are_replayed(network):
+def test_the_third_forward_of_a_kind_is_recorded_and_all_further_ones_are_replayed(network):
     meter, hooked = Counter(), []
     network.register_forward_pre_hook(lambda *_: hooked.append(1))
     results, total = [], 0.0
@@ -90,12 +97,12 @@ def test_the_second_forward_of_a_kind_is_recorded_and_all_further_ones_are_repla
             x = torch.full((3,), float(i))
             total += float(x.sum())
             results.append(network(x, timestep=torch.tensor(10.0 * i), return_dict=False)[0])
-        assert meter.replays == 4
+        assert meter.replays == 3
         named = network(torch.ones(3), timestep=torch.tensor(1.0))
-        assert meter.replays == 4  # the first one that is to give a dictionary
+        assert meter.replays == 3  # the first one that is to give a dictionary
         assert named["sample"].tolist() == [3.0] * 3
         network(torch.ones(2), timestep=torch.tensor(1.0), return_dict=False)
-        assert meter.replays == 4  # the first one of that shape
+        assert meter.replays == 3  # the first one of that shape
     assert [result.tolist() for result in results] == [[12.0 * i] * 3 for i in range(5)]  # none was written over
     assert float(network.sum) == total + 3 + 2
     assert len(hooked) == 7
@@ -111,24 +118,89 @@ def test_some_forwards_are_run_as_ever(network, what):
             for size in range(8) if what == "too many kinds" else (1,):
                 assert network(torch.ones(1 + size), timestep, return_dict=False)[0].tolist() == [3.0] * (1 + size)
             if what == "too many kinds":
-                assert meter.replays == i * replay.MOST
+                assert meter.replays == max(i - 1, 0) * replay.MOST
             else:
                 assert network.calls == i + 1
 
 
 @torch.no_grad()
-def test_what_cannot_be_recorded_is_run_and_said_why(network, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("fails", "operation not permitted when stream is capturing"),
+        ("waits", "something in it waits for the GPU"),
+        ("a number", "it is given what is neither a tensor on the current GPU nor a plain constant"),
+    ],
+)
+def test_what_cannot_be_recorded_is_run_and_said_why(network, monkeypatch, what, problem):
     def fail(*_: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nMore.")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nMore.")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(replay, "_record", fail)
+    if what == "fails":
+        monkeypatch.setattr(replay, "_record", fail)
+    if what == "waits":
+        monkeypatch.setattr(replay, "_watched", lambda work: (work(), True))
     wrapped = Replay(network)
+    timestep: Any = 1.0 if what == "a number" else torch.tensor(1.0)
     for _ in range(2):
         with wrapped.replaying(Counter()):
-            for _ in range(3):
-                assert network(torch.ones(1), torch.tensor(1.0), return_dict=False)[0].tolist() == [3.0]
-    assert network.calls == 6
-    assert wrapped.problem == "operation not permitted when stream is capturing"
+            for _ in range(4):
+                assert network(torch.ones(1), timestep, return_dict=False)[0].tolist() == [3.0]
+    assert network.calls == 8
+    assert wrapped.problem == problem
+
+
+@torch.no_grad()
+def test_a_failure_keeps_nothing_of_what_was_recorded(network, monkeypatch):
+    class Activation:
+        pass
+
+    kept: list[weakref.ref[Activation]] = []
+
+    def fail(*_: Any) -> None:
+        activation = Activation()
+        kept.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def check(*_: Any) -> None:
+        alive.append([found() is not None for found in kept])
+
+    alive: list[list[bool]] = []
+    monkeypatch.setattr(replay, "_record", fail)
+    wrapped = Replay(network)
+    plain = network.forward
+    network.forward = lambda *args, **kwargs: check() or plain(*args, **kwargs)  # type: ignore[method-assign]
+    with wrapped.replaying(Counter()):
+        for _ in range(3):
+            network(torch.ones(1), torch.tensor(1.0), return_dict=False)
+    assert alive == [[], [], [False]]
+
+
+def test_a_result_that_cannot_be_copied_is_not_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    leaves, spec = replay._pytree.tree_flatten(((torch.ones(1),), {}))
+    with pytest.raises(RuntimeError, match="it gives a object, which cannot be copied"):
+        replay._record(lambda _: object(), leaves, spec, Meter(CPU), None)
+
+
+def test_what_waits_is_noticed_and_other_warnings_pass(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def work() -> int:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("of something else", stacklevel=1)
+        return 3
+
+    with pytest.warns(UserWarning, match="of something else") as seen:
+        assert replay._watched(work) == (3, True)
+    assert len(seen) == 1
+    assert modes == ["warn", "default"]
+    assert replay._watched(lambda: 4) == (4, False)
 
 
 @torch.no_grad()
@@ -140,9 +212,10 @@ def test_a_forward_that_was_replaced_before_is_put_back(network):
 
 
 def test_a_calibration_warns_once_if_its_forwards_were_not_replayed(monkeypatch):
-    monkeypatch.setattr(replay, "possible", lambda *_: True)
+    monkeypatch.setattr(replay, "obstacle", lambda *_: None)
     calibration = tiny.calibrate(tiny.load("sd3"), packages=2)
-    calibration._replay.problem = "it waits"  # type: ignore[union-attr]
+    assert calibration._replay is not None
+    calibration._replay.problem = "it waits"
     for package in calibration.packages(calibration._pipeline.targets, "norms"):
         calibration.collect(package, "norms", Growing())
     said = [warning for warning in calibration.facts.warnings if "CUDA" in warning]
@@ -151,14 +224,48 @@ def test_a_calibration_warns_once_if_its_forwards_were_not_replayed(monkeypatch)
 
 @pytest.mark.parametrize(
     ("device", "dtype", "expected"),
-    [("cpu", torch.float16, False), ("cuda", torch.float32, False), ("cuda", torch.bfloat16, True)],
+    [
+        ("cpu", torch.float16, "the network is on cpu"),
+        ("cuda", torch.float32, "the network is in float32"),
+        ("cuda", torch.bfloat16, None),
+    ],
 )
 def test_forwards_in_half_precision_on_a_gpu_are_replayed_if_they_stay_there(device, dtype, expected, monkeypatch):
     monkeypatch.setattr(replay.kernels, "problem", lambda _: None)
     network = Network()
-    assert replay.possible(network, torch.device(device), dtype) is expected
+    assert replay.obstacle(network, torch.device(device), dtype) == expected
     network._hf_hook = object()  # of offloading  # type: ignore[assignment]
-    assert not replay.possible(network, torch.device(device), dtype)
+    if expected is None:
+        assert replay.obstacle(network, torch.device(device), dtype) == "components are offloaded"
+
+
+def test_who_asks_for_graphs_by_name_is_told_that_there_are_none():
+    told = "calibration.cuda_graphs has no effect: the network is on cpu"
+    assert told in tiny.calibrate(tiny.load("sd3"), cuda_graphs=True).facts.warnings
+    assert told not in tiny.calibrate(tiny.load("sd3")).facts.warnings
+    assert told not in tiny.calibrate(tiny.load("sd3"), cuda_graphs=False).facts.warnings
+
+
+def test_where_memory_runs_out_what_is_recorded_goes_before_the_batch_is_halved(monkeypatch):
+    monkeypatch.setattr(replay, "obstacle", lambda *_: None)
+    calibration = tiny.calibrate(tiny.load("sd3"), packages=1)
+    sample, times = calibration._sample, []
+
+    def failing(*args: Any) -> dict[str, Moments]:
+        times.append(calibration.facts.batch)
+        if len(times) == 1:
+            assert calibration._replay is not None
+            calibration._replay.recorded = True
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(*args)
+
+    monkeypatch.setattr(calibration, "_sample", failing)
+    (package,) = calibration.packages(calibration._pipeline.targets, "norms")
+    calibration.collect(package, "norms", Growing())
+    assert times == [2, 2]
+    assert [warning for warning in calibration.facts.warnings if "CUDA graphs" in warning] == [
+        "forwards were not replayed by CUDA graphs, which would be faster: memory ran out beside what was recorded"
+    ]
 
 
 def gathered(kind: str, moments: MomentKind, **options: Any) -> tuple[dict[str, Moments], Any]:

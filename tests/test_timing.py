@@ -126,6 +126,33 @@ def test_a_part_of_a_phase_that_is_told_apart_stands_before_it():
     assert sum(watch.seconds.values()) == 13.0
 
 
+def test_a_block_in_which_memory_runs_out_does_not_count(monkeypatch):
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            self.recorded = not enable_timing
+
+        def record(self, stream: object) -> None:
+            self.recorded = True
+
+        def synchronize(self) -> None:
+            assert self.recorded
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.recorded
+            return 1000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    meter = timing.Meter(torch.device("cuda"))
+    meter.next_forward()
+    with pytest.raises(torch.OutOfMemoryError), meter.block():
+        raise torch.OutOfMemoryError
+    with meter.block():
+        pass
+    meter.settle()
+    assert meter.seconds == 1
+
+
 @pytest.mark.parametrize("pruner", ["obs_diff", "magnitude"])
 def test_the_report_of_a_run_says_where_the_time_went(pruner, tmp_path):
     run(recipe(tmp_path / "out", {pruner: {"sparsity": 0.5}}), tiny.quiet())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.bench import forwards, models, networks, prune_table, results, subjects
 from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveRow
@@ -28,7 +28,7 @@ from compressor.calibration.tokens import Tokens
 from compressor.entries import Entry, enter
 from compressor.errors import CompressorError
 from compressor.output import write_whole
-from compressor.pipeline import pick_device
+from compressor.pipeline import current, pick_device
 from compressor.plugin import MomentKind, Removed, Weighting
 from compressor.progress import Progress
 from compressor.structure import Target, Trace, many_shapes, trace
@@ -155,6 +155,10 @@ class _Source:
         """Of one process."""
         return [thing]
 
+    def warn(self, text: str) -> None:
+        """At once."""
+        self._bench.say(f"warning: {text}")
+
 
 class _Bench:
     """One network on its device."""
@@ -182,30 +186,35 @@ class _Bench:
         self._timestep = float(cast(Tensor, given["timestep"]).reshape(-1)[0])
         self.forward = forwards.eager(self._network, given)
         self._forward: Callable[[], object] = self.forward
+        obstacle = replay.obstacle(self._network, device, getattr(torch, dtype))
+        self._replays = subject.calibration.cuda_graphs and obstacle is None
         self._replay: Replay | None = None
-        if subject.calibration.cuda_graphs and replay.possible(self._network, device, getattr(torch, dtype)):
-            self._replay = Replay(self._network)
         plain = {PLAIN: self._network}
         self._blocks: Blocks | None = None
         if subject.calibration.compile:
             self._blocks = Blocks(self._network, subject.family, seen)
             plain[PLAIN + COMPILED] = forwards.compiled_network(self._network, subject.family, "blocks")
-        self._plain: dict[str, tuple[Callable[[], object], Replay | None]] = {}
+        self._plain: dict[str, tuple[Callable[[], object], nn.Module | None]] = {}
         for name, network in plain.items():
             self._plain[name] = forwards.eager(network, given), None
-            if self._replay is not None:
-                self._plain[name + REPLAYED] = forwards.eager(network, given), Replay(network)
+            if self._replays:
+                self._plain[name + REPLAYED] = forwards.eager(network, given), network
         self._entries = enter(subject.recipe, "network", self._network, subject.family, seen)
 
     def measure(self) -> Measured:
         """Forwards, solves, and what a whole job would take."""
-        with many_shapes():
-            rows = self._time_forwards(self._loads())
-        cases = self._time_solves(rows[PLAIN].plain.median)
+        with current(self._device):
+            with many_shapes():
+                rows = self._time_forwards(self._loads())
+            cases = self._time_solves(rows[PLAIN].plain.median)
         jobs = [job for entry, case in zip(self._entries, cases, strict=True) for job in self._jobs(entry, case, rows)]
         return Measured(
             self.subject, networks.parameters(self._network), tuple(rows.values()), tuple(cases), tuple(jobs)
         )
+
+    def say(self, text: str) -> None:
+        """Tells the user."""
+        self._progress.say(text)
 
     def clock(self) -> float:
         """Seconds, when the device has done what it was given."""
@@ -223,6 +232,7 @@ class _Bench:
         counter = StepCounter(torch.tensor([self._timestep]))
         tokens = Tokens(load.share, 0)
         meter = Meter(self._device)
+        self._replay = Replay(self._network) if self._replays else None
         with gathering.watch(
             self._network,
             load.package,
@@ -290,7 +300,9 @@ class _Bench:
                     start = self.clock()
                     self._forward()
                     firsts[name] = self.clock() - start
-                    self._record(name, loads)
+                    problem = self._record(1)
+                    if problem is not None:
+                        notes[name] = f"not replayed: {problem}"
                     peaks[name] = self._peak()
             except RuntimeError as error:
                 if name == PLAIN or not out_of_memory(error):
@@ -314,7 +326,7 @@ class _Bench:
                 len(loads[name].package.groups) if name in loads else 0,
                 loads[name].package.moment_bytes if name in loads else 0,
                 times.get(name),
-                times[PLAIN if name in self._plain else self._plain_of(loads[name].compiled)],
+                times[PLAIN] if name in self._plain else times.get(self._plain_of(loads[name].compiled), times[PLAIN]),
                 peaks.get(name),
                 notes.get(name),
                 firsts.get(name),
@@ -328,7 +340,7 @@ class _Bench:
 
     def _plain_of(self, compiled: bool) -> str:
         """The plain forward that runs as those with moments do."""
-        return PLAIN + (COMPILED if compiled else "") + (REPLAYED if self._replay is not None else "")
+        return PLAIN + (COMPILED if compiled else "") + (REPLAYED if self._replays else "")
 
     def _around(
         self, loads: Mapping[str, _Load], record: bool = False
@@ -340,23 +352,23 @@ class _Bench:
                     _, self._forward = stack.enter_context(self.gathering(loads[name]))
                 else:
                     self._forward, replayed = self._plain[name]
-                    if replayed is not None:
-                        stack.enter_context(replayed.replaying(Meter(self._device)))
+                    self._replay = Replay(replayed) if replayed is not None else None
+                    if self._replay is not None:
+                        stack.enter_context(self._replay.replaying(Meter(self._device)))
                 if record:
-                    self._record(name, loads, forwards=2)
+                    self._record(0)
                 yield
             self._forward = self.forward
 
         return around
 
-    def _record(self, name: str, loads: Mapping[str, _Load], forwards: int = 1) -> None:
-        """Runs what is missing until a forward is recorded, the second, if it is to be replayed."""
-        if self._replay is None or not (name in loads or self._plain[name][1] is not None):
-            return
-        for _ in range(forwards):
+    def _record(self, forwards: int) -> str | None:
+        """Runs what is missing after so many forwards until one is recorded, if it is to be; why none was, or None."""
+        if self._replay is None:
+            return None
+        for _ in range(replay.BEFORE + 1 - forwards):
             self._forward()
-        if self._replay.problem is not None:
-            raise CompressorError(f"{self.subject.name}: a CUDA graph could not be recorded: {self._replay.problem}")
+        return self._replay.problem
 
     def _time_solves(self, plain: float) -> list[Case]:
         turns = self._settings.turns or (3 if self._device.type == "cuda" else 1)

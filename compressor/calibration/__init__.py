@@ -159,8 +159,6 @@ class Calibration:
         )
         self._blocks = Blocks(pipeline.module, pipeline.family, trace) if options.compile else None
         self._replay: Replay | None = None
-        if options.cuda_graphs and replay.possible(pipeline.module, pipeline.device, pipeline.dtype):
-            self._replay = Replay(pipeline.module)
         self._changing: list[tuple[Target, int]] = []
         self._scales: Scales = {}
         self.owners: dict[str, int] = {}
@@ -170,12 +168,20 @@ class Calibration:
         """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
         options, prompts = self._options, self._prompts
         self._scales.clear()
+        self._replay = None
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
             self.warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
         slow = kernels.note(self._pipeline.device, self._pipeline.dtype)
         if slow is not None:
             self.warn(slow)
+        if options.cuda_graphs:
+            module, device, dtype = self._pipeline.module, self._pipeline.device, self._pipeline.dtype
+            reason = replay.obstacle(module, device, dtype)
+            if reason is None:
+                self._replay = Replay(module)
+            elif "cuda_graphs" in options.model_fields_set:
+                self.warn(f"calibration.cuda_graphs has no effect: {reason}")
         batches = math.ceil(prompts / options.batch)
         if batches < self._ranks.count:
             self.warn(
@@ -243,6 +249,9 @@ class Calibration:
             except RuntimeError as error:
                 if not sampling.out_of_memory(error):
                     raise
+                if self._replay is not None and self._replay.recorded and self._replay.problem is None:
+                    self._replay.problem = "memory ran out beside what was recorded"  # which goes before the batch does
+                    continue
                 self._halve_batch(package, error)
         if self._replay is not None and self._replay.problem is not None:
             self.warn(f"forwards were not replayed by CUDA graphs, which would be faster: {self._replay.problem}")

@@ -112,7 +112,7 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Re
         squares: whether to sum their squares, with `total` only.
     """
     assert total or not squares
-    x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+    x_TI = x_TI if x_TI.stride(1) == 1 and x_TI.stride(0) >= x_TI.shape[1] else x_TI.contiguous()
     taken, inputs = len(x_TI) if place_K is None else len(place_K), x_TI.shape[1]
     padded = -(-taken // PADDING) * PADDING
     rows = 8 if padded <= 4096 else 16
@@ -173,6 +173,7 @@ def multiply(
     x_TI = found.x_TI if inputs == found.x_TI.shape[1] else found.x_TI[:, first : first + inputs]
     device, unit = x_TI.device, _unit(x_TI)
     engine = found.taken > 0 and unit == ENGINE and x_TI.data_ptr() % 16 == 0 and has_engine(device)
+    assert engine or not found.copied, "rows are those of what was copied from"
     tiling = tiling or tiling_of(device)
     stretches = stretches or stretches_of(inputs, padded, tiling, device)
     each = -(-padded // (stretches * PADDING)) * PADDING

@@ -7,6 +7,7 @@ itself run as ever, before and after: there is told what differs from forward to
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from compressor.calibration.timing import Events, Meter
 MOST = 4
 """Graphs kept, one for each kind of arguments: batches of full size and the last one."""
 
+BEFORE = 2
+"""Forwards of a kind that run before one is recorded: in the first, kernels are compiled, the second is watched."""
+
 
 @dataclass(frozen=True)
 class _Recorded:
@@ -31,10 +35,15 @@ class _Recorded:
     events: Events
 
 
-def possible(network: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether moments of a network's inputs can be recorded: there are kernels for them, and it stays where it is."""
-    offloaded = hasattr(network, "_hf_hook")
-    return device.type == "cuda" and dtype in kernels.HALF and not offloaded and kernels.problem(device) is None
+def obstacle(network: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why moments of a network's inputs cannot be recorded, or None: kernels make them, and it stays where it is."""
+    if device.type != "cuda":
+        return f"the network is on {device.type}"
+    if dtype not in kernels.HALF:
+        return f"the network is in {str(dtype).removeprefix('torch.')}"
+    if hasattr(network, "_hf_hook"):
+        return "components are offloaded"
+    return kernels.problem(device)
 
 
 class Replay:
@@ -42,15 +51,17 @@ class Replay:
 
     Attributes:
         problem: why they are not, once that is known.
+        recorded: whether any was recorded in the last pass.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self.problem: str | None = None
+        self.recorded = False
 
     @contextmanager
     def replaying(self, meter: Meter) -> Iterator[None]:
-        """While it lasts, a forward with arguments as those of one before is recorded, and all further ones replayed.
+        """While it lasts, a forward with arguments as two before it had is recorded, and all further ones replayed.
 
         Forwards that are differentiated are not, nor any with arguments that are neither tensors on the current GPU nor
         plain constants. What is recorded is forgotten at the end.
@@ -60,24 +71,35 @@ class Replay:
         """
         plain = self._network.forward
         own = "forward" in self._network.__dict__
-        seen: set[Hashable] = set()
+        seen: dict[Hashable, int] = {}
         recorded: dict[Hashable, _Recorded] = {}
+        self.recorded = False
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.problem is not None or torch.is_grad_enabled():
+                return plain(*args, **kwargs)
             leaves, spec = _pytree.tree_flatten((args, kwargs))
-            key = None if self.problem or torch.is_grad_enabled() else _kind(leaves, spec)
+            key = _kind(leaves, spec)
             if key is None:
+                self.problem = "it is given what is neither a tensor on the current GPU nor a plain constant"
                 return plain(*args, **kwargs)
             if key not in recorded:
-                if key not in seen or len(recorded) == MOST:  # the first one compiles kernels, and fills caches
-                    seen.add(key)
+                seen[key] = seen.get(key, 0) + 1
+                if seen[key] < BEFORE or len(recorded) == MOST:
                     return plain(*args, **kwargs)
-                try:
-                    recorded[key] = _record(plain, leaves, spec, meter)
-                except RuntimeError as error:  # memory that ran out, too: the forward itself may have enough
-                    self.problem = str(error).strip().splitlines()[0]
+                if seen[key] == BEFORE:
+                    result, waited = _watched(lambda: plain(*args, **kwargs))
+                    if waited:
+                        self.problem = "something in it waits for the GPU"
+                    return result
+                pool = next(iter(recorded.values())).graph.pool() if recorded else None
+                found = _try(lambda: _record(plain, leaves, spec, meter, pool))
+                if isinstance(found, str):  # such as that memory ran out, of which the forward itself may have enough
+                    self.problem = found
                     return plain(*args, **kwargs)
+                recorded[key] = found
+                self.recorded = True
             return _replay(recorded[key], leaves, meter)
 
         self._network.forward = forward
@@ -108,12 +130,49 @@ def _on_current_gpu(x: Tensor) -> bool:
     return x.is_cuda and x.get_device() == torch.cuda.current_device()
 
 
-def _record(plain: Callable[..., Any], leaves: list[Any], spec: _pytree.TreeSpec, meter: Meter) -> _Recorded:
+def _watched(work: Callable[[], Any]) -> tuple[Any, bool]:
+    """What it gives, and whether it waited for the GPU: a recording of that would fail, and not be survived by all."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
+    for warning in caught:
+        if warning not in waits and "set_sync_debug_mode" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return result, bool(waits)
+
+
+def _try(record: Callable[[], _Recorded]) -> _Recorded | str:
+    """What is recorded, or why nothing is. Nothing of a failure is kept, which would keep memory."""
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    try:
+        return record()
+    except RuntimeError as error:
+        return _words(error)
+    finally:
+        if stream is not None:
+            torch.cuda.set_stream(stream)
+
+
+def _words(error: RuntimeError) -> str:
+    """The first line of what went wrong first: the end of a recording fails, too."""
+    cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
+def _record(plain: Callable[..., Any], leaves: list[Any], spec: _pytree.TreeSpec, meter: Meter, pool: Any) -> _Recorded:
     kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = _pytree.tree_unflatten(kept, spec)
     graph = torch.cuda.CUDAGraph()
-    with meter.recording() as events, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with meter.recording() as events, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = plain(*args, **kwargs)
+    for leaf in _pytree.tree_leaves(result):
+        if not (leaf is None or isinstance(leaf, Tensor | bool | int | float | str)):
+            raise RuntimeError(f"it gives a {type(leaf).__name__}, which cannot be copied")
     return _Recorded(graph, [leaf for leaf in kept if isinstance(leaf, Tensor)], result, events)
 
 

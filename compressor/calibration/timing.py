@@ -88,15 +88,18 @@ class Meter:
     @contextmanager
     def _between_events(self) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)  # events without a stream are those of the current GPU
-        if self._recording is not None:
+        first, recording = self._forward <= 1, self._recording
+        if recording is not None:
             begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
-            self._recording.append((begin, end))
         else:
             begin, end = self._spare.pop() if self._spare else (_event(), _event())
-            self._running.append((self._forward <= 1, begin, end))
         begin.record(stream)
         yield
-        end.record(stream)
+        end.record(stream)  # not if memory has run out inside: then it does not count
+        if recording is not None:
+            recording.append((begin, end))
+        else:
+            self._running.append((first, begin, end))
 
     def _add(self, first: bool, seconds: float) -> None:
         if first:

@@ -120,6 +120,7 @@ class Search:
             What they cost, P x S x PANEL.
         """
         if self._panel is None:
+            assert self.out_PG.get_device() == torch.cuda.current_device(), "kernels of another GPU are not recorded"
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 steps = []

@@ -82,21 +82,21 @@ def fit(
     direction_NOI = residual_NOI.clone()
     rho_NS1 = dot(residual_NOI, residual_NOI)
     b_NSE, residual_NSE, direction_NSE = map(quadratic.independent, (b_NOI, residual_NOI, direction_NOI))
-    steps = 0
+    steps, going_N11 = 0, torch.ones_like(before_N, dtype=torch.bool)[:, None, None]
     while True:
         if steps % LOOK == 0 or steps == most:
             worst_N = (rho_NS1.sqrt() / norm_NS1).amax((1, 2))
             arrived_N = worst_N <= TOLERANCE
             if steps:
                 arrived_N |= before_N - error_N < GAIN * error_N
-            before_N = error_N
+            before_N, going_N11 = error_N, ~arrived_N[:, None, None]
             ended, worst = torch.stack([arrived_N.all().to(worst_N.dtype), worst_N.max()]).tolist()
             if ended or steps == most:
                 return Fitted(quadratic.unscaled(b_NOI), worst, steps)
         product_NOI = quadratic.times(direction_NOI).masked_fill_(removed_NOI, 0)
         curvature_NS1 = dot(direction_NOI, product_NOI)
-        # a part that has arrived stands still
-        alpha_NS1 = torch.where(curvature_NS1 > 0, rho_NS1 / curvature_NS1, 0)
+        # a part that has arrived stands still, and so does a problem, whatever others are solved with it
+        alpha_NS1 = torch.where(going_N11 & (curvature_NS1 > 0), rho_NS1 / curvature_NS1, 0)
         b_NSE.addcmul_(alpha_NS1, direction_NSE)
         residual_NSE.addcmul_(alpha_NS1, quadratic.independent(product_NOI), value=-1)
         error_N = error_N - (alpha_NS1 * rho_NS1).sum((1, 2), dtype=torch.float64)  # what the step takes off it
