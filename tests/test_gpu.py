@@ -15,7 +15,7 @@ from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.least_squares import fit
 from compressor_obs_diff.quadratic import Quadratic
 from compressor_obs_diff.removal import Problem, Stream, remove_greedily, remove_together
-from compressor_obs_diff.solver import factorise, relative_error, sweep
+from compressor_obs_diff.solver import factorise, sweep
 from safetensors.torch import load_file
 
 from compressor import pipeline as pipelines
@@ -28,6 +28,7 @@ from compressor.recipe import Model
 from compressor.run import run
 from compressor.structure import Layer, Target
 from tests import tiny
+from tests.layer_errors import relative_error
 from tests.waits import count_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

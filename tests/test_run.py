@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from compressor_magnitude import Magnitude
-from compressor_obs_diff.solver import relative_error
 from compressor_obs_diff.weightings import LogDecrease, Uniform
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from compressor.recipe import Recipe
 from compressor.run import run
 from compressor.structure import Component
 from tests import tiny
+from tests.layer_errors import relative_error
 from tests.tiny import diffusers
 
 GRANULARITIES = {

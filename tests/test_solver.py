@@ -11,13 +11,14 @@ from compressor_obs_diff import OBSDiff, batch
 from compressor_obs_diff import layers as obs_diff_layers
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
-from compressor_obs_diff.solver import Factor, factorise, relative_error, sweep, sweep_together
+from compressor_obs_diff.solver import Factor, factorise, sweep, sweep_together
 from torch import Tensor, nn
 
 from compressor import sparsity
 from compressor.calibration import Group, Moments, Package
 from compressor.errors import CompressorError
 from compressor.structure import Layer, Target
+from tests.layer_errors import relative_error
 
 DAMPING = 0.01
 

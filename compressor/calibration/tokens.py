@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ class Tokens:
     def _draw(self, samples: int, tokens: int) -> Tensor:
         """The same whatever else is drawn for this forward."""
         drawn = self._drawn(tokens)
-        seed = hash((self._seed, self._prompt, self._forward, samples, tokens)) % 2**32  # more bits it does not look at
+        what = f"{self._seed} {self._prompt} {self._forward} {samples} {tokens}"
+        seed = int.from_bytes(hashlib.sha256(what.encode()).digest()[:4], "big")  # it does not look at more bits
         generator = torch.Generator().manual_seed(seed)
         within_BN = torch.rand(samples, drawn, generator=generator, dtype=torch.float64)
         place_BN = ((torch.arange(drawn) + within_BN) * (tokens / drawn)).long().clamp_(max=tokens - 1)

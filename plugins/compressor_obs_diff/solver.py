@@ -169,20 +169,6 @@ def sweep_together(
     return list(zip(weight_OI.split(rows), removed_OI.split(rows), strict=True))
 
 
-def relative_error(old_OI: Tensor, new_OI: Tensor, second_II: Tensor, dense_II: Tensor | None = None) -> float:
-    """||W X - W' X||^2 / ||W X||^2 from the second moment of X.
-
-    Args:
-        old_OI: W, float32.
-        new_OI: W', float32.
-        second_II: sum of x x^T, float32, undamped; about the mean of x, where a bias absorbs what that contributes.
-        dense_II: what ||W X||^2 is measured by, if not `second_II`.
-    """
-    lost = energy(new_OI - old_OI, second_II).sum()
-    total = energy(old_OI, second_II if dense_II is None else dense_II).sum()
-    return (lost / total).item() if total > 0 else 0.0
-
-
 def energy(weight_OI: Tensor, second_II: Tensor) -> Tensor:
     """||w X||^2 of every row w (O, float64) from the second moment of X."""
     return (weight_OI @ second_II).mul_(weight_OI).sum(1, dtype=torch.float64)
