@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from importlib import metadata
 from typing import Any
@@ -31,7 +32,7 @@ def find(kind: str) -> dict[str, metadata.EntryPoint]:
         CompressorError: if two distributions register the same name.
     """
     found: dict[str, metadata.EntryPoint] = {}
-    for entry in sorted(metadata.entry_points(group=KINDS[kind])):
+    for entry in _entries(KINDS[kind], tuple(sys.path)):
         other = found.setdefault(entry.name, entry)
         if other.value != entry.value:
             raise CompressorError(
@@ -39,6 +40,12 @@ def find(kind: str) -> dict[str, metadata.EntryPoint]:
                 "uninstall one or rename it"
             )
     return found
+
+
+@functools.cache
+def _entries(group: str, _path: tuple[str, ...]) -> tuple[metadata.EntryPoint, ...]:
+    """Read once for as long as modules are looked for in the same places: a recipe asks for every name in it."""
+    return tuple(sorted(metadata.entry_points(group=group)))
 
 
 def load(kind: str, name: str) -> Any:
