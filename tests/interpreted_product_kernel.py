@@ -36,7 +36,7 @@ def half(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).half()
 
 
-@pytest.mark.parametrize("inputs", [1, 24, 77])
+@pytest.mark.parametrize("inputs", [24, 77])
 @pytest.mark.parametrize("drawn", [None, 50])
 @pytest.mark.parametrize("second", [True, False])
 def test_moments_are_those_that_explicit_sums_give(inputs, drawn, second):
