@@ -65,8 +65,17 @@ def export(pipeline: Any, folder: Path, **options: Any) -> SimpleNamespace:
 
 
 @rtx
-@pytest.mark.parametrize("make", ["sd3_medium", "flux_dev", "sdxl"])
-@pytest.mark.parametrize("how", ["2:4", "shrunk"])
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [  # each family in one way, and each way at least once; the rest takes minutes
+        ("sd3_medium", "2:4"),
+        ("flux_dev", "shrunk"),
+        ("sdxl", "shrunk"),
+        pytest.param("sd3_medium", "shrunk", marks=pytest.mark.slow),
+        pytest.param("flux_dev", "2:4", marks=pytest.mark.slow),
+        pytest.param("sdxl", "2:4", marks=pytest.mark.slow),
+    ],
+)
 def test_every_family_is_built_sparse_and_shrunk(make: str, how: str, tmp_path: Path) -> None:
     pipeline = networks.pipeline_of(getattr(networks, make)())
     pipeline = networks.prune(pipeline) if how == "2:4" else shrink(pipeline)
