@@ -189,7 +189,13 @@ def test_a_result_that_cannot_be_copied_is_not_recorded(monkeypatch):
 
 def test_what_waits_is_noticed_and_other_warnings_pass(monkeypatch):
     modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def change(mode: str) -> None:
+        modes.append(mode)
+        if mode == "warn":
+            warnings.warn("Synchronization debug mode is a prototype feature and does not yet", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", change)
 
     def work() -> int:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)

@@ -139,11 +139,13 @@ def _watched(work: Callable[[], Any]) -> tuple[Any, bool]:
             result = work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
+    waited = False
     for warning in caught:
-        if warning not in waits and "set_sync_debug_mode" not in str(warning.message):
+        words = str(warning.message)
+        waited |= "called a synchronizing CUDA operation" in words
+        if not any(words.startswith(known) for known in ("called a synchronizing", "Synchronization debug mode is")):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return result, bool(waits)
+    return result, waited
 
 
 def _try(record: Callable[[], _Recorded]) -> _Recorded | str:
