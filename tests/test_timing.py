@@ -77,6 +77,31 @@ def test_on_a_gpu_one_forward_in_eight_stands_for_all_but_the_first(monkeypatch)
     assert made == 2 * 3  # events are used again
 
 
+def test_forwards_that_are_settled_together_stand_for_all_as_well(monkeypatch):
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, _end: object) -> float:
+            return 1000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    meter = timing.Meter(torch.device("cuda"))
+    for _ in range(20):  # of which the first, the second, the tenth and the eighteenth are timed
+        meter.next_forward()
+        with meter.block():
+            pass
+    meter.settle()
+    assert meter.seconds == 20
+
+
 def test_of_forwards_that_are_replayed_the_last_stands_for_all(monkeypatch):
     class Event:
         def __init__(self, *, enable_timing: bool, external: bool = False) -> None:

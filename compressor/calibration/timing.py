@@ -26,9 +26,10 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._forward = self._replays = self._timed = self._last = 0
+        self._forward = self._replays = 0
+        self._timed: set[int] = set()  # of the forwards but the first
         self._first = self._others = self._replayed = 0.0
-        self._running: list[tuple[bool, torch.cuda.Event, torch.cuda.Event]] = []
+        self._running: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._spare: Events = []
         self._recording: Events | None = None
         self._repeated: dict[int, tuple[Events, int]] = {}
@@ -37,7 +38,7 @@ class Meter:
     def seconds(self) -> float:
         """Spent inside the blocks of all forwards, as far as they are settled."""
         others = max(self._forward - 1 - self._replays, 1)
-        return self._first + self._others * others / max(self._timed, 1) + self._replayed
+        return self._first + self._others * others / max(len(self._timed), 1) + self._replayed
 
     def next_forward(self) -> None:
         """Begins a forward."""
@@ -68,9 +69,9 @@ class Meter:
 
     def settle(self) -> None:
         """Waits for the GPU to have done all blocks, and counts them."""
-        for first, begin, end in self._running:
+        for forward, begin, end in self._running:
             end.synchronize()
-            self._add(first, begin.elapsed_time(end) / 1000)
+            self._add(forward, begin.elapsed_time(end) / 1000)
             self._spare.append((begin, end))
         self._running.clear()
         if self._repeated:
@@ -83,12 +84,12 @@ class Meter:
     def _clocked(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._add(self._forward <= 1, time.perf_counter() - start)
+        self._add(self._forward, time.perf_counter() - start)
 
     @contextmanager
     def _between_events(self) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)  # events without a stream are those of the current GPU
-        first, recording = self._forward <= 1, self._recording
+        forward, recording = self._forward, self._recording
         if recording is not None:
             begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
         else:
@@ -99,16 +100,14 @@ class Meter:
         if recording is not None:
             recording.append((begin, end))
         else:
-            self._running.append((first, begin, end))
+            self._running.append((forward, begin, end))
 
-    def _add(self, first: bool, seconds: float) -> None:
-        if first:
+    def _add(self, forward: int, seconds: float) -> None:
+        if forward <= 1:
             self._first += seconds
-            return
-        self._others += seconds
-        if self._last != self._forward:
-            self._last = self._forward
-            self._timed += 1
+        else:
+            self._others += seconds
+            self._timed.add(forward)
 
 
 _NOTHING = nullcontext()
