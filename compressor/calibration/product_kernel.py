@@ -23,8 +23,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from compressor.calibration.launch import Launch
-
 PADDING = 128
 """Tokens are taken in multiples of this many, so that every step of a kernel is whole."""
 
@@ -128,22 +126,23 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Re
         torch.empty(programs, inputs, device=device) if squares else None,
     )
     if programs:
-        READ(
-            (programs,),
-            (
+        with torch.cuda.device_of(x_TI):
+            _read[(programs,)](
                 *(x_TI, x_TI.stride(0) // unit, inputs // unit, place_K, taken, found.x_TI if copied else None),
                 *(found.row_K, found.bad_P, found.total_PI, found.squares_PI),
-            ),
-            (unit, rows, READ_COLUMNS),
-            warps=4,
-        )
+                UNIT=unit,
+                R=rows,
+                C=READ_COLUMNS,
+                num_warps=4,
+            )
     return found
 
 
 def settle(found: Reading, sums: Sums, weight: float, live: Tensor | None = None) -> None:
     """Counts what was read and adds up what was summed, weighted as in `multiply`."""
     programs = 1 if found.total_PI is None else -(-found.x_TI.shape[1] // COLUMNS)
-    SETTLE((programs,), (*_arguments(found, sums), weight, live), (COLUMNS,), warps=4)
+    with torch.cuda.device_of(found.x_TI):
+        _settle_alone[(programs,)](*_arguments(found, sums), weight, live, C=COLUMNS)
 
 
 def multiply(
@@ -184,21 +183,25 @@ def multiply(
         shape, strides = [found.taken, inputs], [x_TI.stride(0), 1]
         left = TensorDescriptor(x_TI, shape, strides, [tiling.depth, tiling.tall])
         right = TensorDescriptor(x_TI, shape, strides, [tiling.depth, tiling.wide])
-    out = second_II if stretches == 1 else torch.empty(stretches, inputs, inputs, device=device)
-    MULTIPLY(
-        (tiles + further, stretches),
-        (
+    with torch.cuda.device_of(x_TI):
+        out = second_II if stretches == 1 else torch.empty(stretches, inputs, inputs, device=device)
+        _multiply[(tiles + further, stretches)](
             *(left, right, x_TI, x_TI.stride(0) // unit, inputs // unit, found.row_K, padded, each, out),
-            *(found.bad_P, len(found.bad_P), *(NOTHING if sums is None else _arguments(found, sums)[2:])),
-            *(weight, live),
-        ),
-        (stretches == 1, found.copied, unit, tiling.tall, tiling.wide, tiling.depth, tiling.group, COLUMNS),
-        warps=tiling.warps,
-        stages=tiling.stages,
-    )
-    if stretches > 1:
-        blocks = -(-inputs // 64)
-        ADD((blocks, blocks), (second_II, out, stretches, inputs, weight, live), (64,), warps=4)
+            *(*_arguments(found, sums), weight, live),
+            ADD=stretches == 1,
+            COPIED=found.copied,
+            UNIT=unit,
+            M=tiling.tall,
+            N=tiling.wide,
+            D=tiling.depth,
+            GROUP=tiling.group,
+            C=COLUMNS,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )
+        if stretches > 1:
+            blocks = -(-inputs // 64)
+            _add[(blocks, blocks)](second_II, out, stretches, inputs, weight, live, M=64)
 
 
 @cache
@@ -221,8 +224,6 @@ SMALL = Tiling(128, 128, 32, 8, 8, 5)
 ENGINE = 8
 """Elements of which the rows and the first one must lie multiples apart, for the engine: 16 bytes."""
 
-NOTHING = (None,) * 9
-
 
 @cache
 def stretches_of(inputs: int, padded: int, tiling: Tiling, device: torch.device) -> int:
@@ -238,10 +239,11 @@ def _unit(x_TI: Tensor) -> int:
     return together & -together
 
 
-def _arguments(found: Reading, sums: Sums) -> tuple[Tensor | int | None, ...]:
+def _arguments(found: Reading, sums: Sums | None) -> tuple[Tensor | int | None, ...]:
+    into = None if sums is None else (sums.tokens, sums.skipped, sums.weight, sums.total_I, sums.squares_I)
     return (
         *(found.bad_P, len(found.bad_P), found.taken, found.total_PI, found.squares_PI, found.x_TI.shape[1]),
-        *(sums.tokens, sums.skipped, sums.weight, sums.total_I, sums.squares_I),
+        *(into or (None,) * 5),
     )
 
 
@@ -427,6 +429,3 @@ def _add(second, parts, stretches, side, weight: tl.float64, live, M: tl.constex
             parts += side.to(tl.int64) * side
         sum_MM = tl.load(second + at_MM, mask=inside) + _factor(weight, live).to(tl.float32) * sum_MM
         tl.store(second + at_MM, sum_MM, mask=inside)
-
-
-READ, SETTLE, MULTIPLY, ADD = Launch(_read), Launch(_settle_alone), Launch(_multiply), Launch(_add)

@@ -47,11 +47,14 @@ def note(solver: str, granularity: Elementwise, device: torch.device) -> str | N
 
 def most(numbers: int, device: torch.device) -> int:
     """How many problems are solved at once, by the float32 numbers that one of them needs."""
-    free = MOST_BYTES
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = FREE * (torch.cuda.mem_get_info(device)[0] + cached)
+    free = FREE * free_bytes(device) if device.type == "cuda" else MOST_BYTES
     return max(1, int(min(MOST_BYTES, free) / (4 * numbers)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, with what torch keeps for later."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def factorise_batch(hessians: Sequence[Tensor], damping: float, names: Sequence[str]) -> tuple[Tensor, list[Factor]]:

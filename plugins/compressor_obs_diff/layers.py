@@ -135,6 +135,7 @@ def _solve(
     options: OBSDiff, parts: Sequence[Group], gathered: Sequence[Moments], zeros: Mapping[str, int] | None
 ) -> list[LayerResult]:
     start = time.perf_counter()
+    assert isinstance(options.granularity, Elementwise)
     members = [list(problems_of(options, part, found)) for part, found in zip(parts, gathered, strict=True)]
     problems = [found[0][1] for found in members]
     hessians = [problem.second_II for problem in problems]
@@ -160,7 +161,8 @@ def _solve(
             metric_NBKK, known_NL = _metrics(parts, gathered)
         quadratic = Quadratic(_damped(hessians, factors), metric_NBKK)
         del metric_NBKK
-        new_NOI, removed_NOI = _admm(options, weight_NOI, quadratic, rows, shares)
+        masks = batch.masks_of(options.granularity, rows, shares, admm.shares(), parts[0].inputs, weight_NOI.device)
+        new_NOI, removed_NOI = admm.choose(weight_NOI, quadratic, masks)
     if quadratic is not None and options.refit:
         new_NOI = fit(weight_NOI, quadratic, removed_NOI, new_NOI).weight_NOI
     del quadratic, removed_NOI
@@ -216,19 +218,6 @@ def _sweep(
     new = [torch.cat([new_OI for new_OI, _ in layers]) for layers in swept]
     removed = [torch.cat([removed_OI for _, removed_OI in layers]) for layers in swept]
     return torch.stack(new), torch.stack(removed)
-
-
-def _admm(
-    options: OBSDiff,
-    weight_NOI: Tensor,
-    quadratic: Quadratic,
-    rows: Sequence[int],
-    shares: Sequence[Sequence[float | None]],
-) -> tuple[Tensor, Tensor]:
-    """The new weights and what was removed."""
-    assert isinstance(options.granularity, Elementwise)
-    masks = batch.masks_of(options.granularity, rows, shares, admm.shares(), weight_NOI.shape[2], weight_NOI.device)
-    return admm.choose(weight_NOI, quadratic, masks)
 
 
 def _damped(hessians: Sequence[Tensor], factors: Sequence[Factor]) -> Tensor:

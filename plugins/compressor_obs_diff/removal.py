@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor_obs_diff.batch import free_bytes
 from compressor_obs_diff.greedy import Fusion, Search, part
 from compressor_obs_diff.solver import MOST_DAMPING, check_inputs, indefinite
 from compressor_obs_diff.triangular import inverse_factor
@@ -233,9 +234,7 @@ def fitting_together(inputs: int, streams: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(max(int(SHARE * free) // (SQUARES * 8 * inputs**2 * streams), 1), MOST)
+    return min(max(int(SHARE * free_bytes(device)) // (SQUARES * 8 * inputs**2 * streams), 1), MOST)
 
 
 def _order(
