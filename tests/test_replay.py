@@ -70,7 +70,7 @@ def network(monkeypatch) -> Network:
 
     found = Network()
     monkeypatch.setattr(replay, "_record", record)
-    monkeypatch.setattr(replay, "_watched", lambda work: (work(), False))
+    monkeypatch.setattr(replay, "watched", lambda work: (work(), 0))
     monkeypatch.setattr(replay, "_on_current_gpu", lambda x: x.device.type == "cpu")
     return found
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_recorded_is_run_and_said_why(network, monkeypatch, what,
     if what == "fails":
         monkeypatch.setattr(replay, "_record", fail)
     if what == "waits":
-        monkeypatch.setattr(replay, "_watched", lambda work: (work(), True))
+        monkeypatch.setattr(replay, "watched", lambda work: (work(), 1))
     wrapped = Replay(network)
     timestep: Any = 1.0 if what == "a number" else torch.tensor(1.0)
     for _ in range(2):
@@ -203,10 +203,10 @@ def test_what_waits_is_noticed_and_other_warnings_pass(monkeypatch):
         return 3
 
     with pytest.warns(UserWarning, match="of something else") as seen:
-        assert replay._watched(work) == (3, True)
+        assert replay.watched(work) == (3, 1)
     assert len(seen) == 1
     assert modes == ["warn", "default"]
-    assert replay._watched(lambda: 4) == (4, False)
+    assert replay.watched(lambda: 4) == (4, 0)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.utils import _pytree
 
 from compressor.calibration import kernels
 from compressor.calibration.timing import Events, Meter
+
+T = TypeVar("T")
 
 MOST = 4
 """Graphs kept, one for each kind of arguments: batches of full size and the last one."""
@@ -89,8 +91,8 @@ class Replay:
                 if seen[key] < BEFORE or len(recorded) == MOST:
                     return plain(*args, **kwargs)
                 if seen[key] == BEFORE:
-                    result, waited = _watched(lambda: plain(*args, **kwargs))
-                    if waited:
+                    result, waits = watched(lambda: plain(*args, **kwargs))
+                    if waits:
                         self.problem = "something in it waits for the GPU"
                     return result
                 pool = next(iter(recorded.values())).graph.pool() if recorded else None
@@ -130,8 +132,8 @@ def _on_current_gpu(x: Tensor) -> bool:
     return x.is_cuda and x.get_device() == torch.cuda.current_device()
 
 
-def _watched(work: Callable[[], Any]) -> tuple[Any, bool]:
-    """What it gives, and whether it waited for the GPU: a recording of that would fail, and not be survived by all."""
+def watched(work: Callable[[], T]) -> tuple[T, int]:
+    """What it gives, and how often it waited for the GPU: a recording of that would fail, and not be survived by all."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -139,13 +141,14 @@ def _watched(work: Callable[[], Any]) -> tuple[Any, bool]:
             result = work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waited = False
+    waits = 0
     for warning in caught:
         words = str(warning.message)
-        waited |= "called a synchronizing CUDA operation" in words
-        if not any(words.startswith(known) for known in ("called a synchronizing", "Synchronization debug mode is")):
+        waits += "called a synchronizing CUDA operation" in words
+        # torch warns as well that it may not see every wait
+        if not words.startswith(("called a synchronizing", "Synchronization debug mode is")):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return result, waited
+    return result, waits
 
 
 def _try(record: Callable[[], _Recorded]) -> _Recorded | str:
