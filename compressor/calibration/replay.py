@@ -133,7 +133,7 @@ def _on_current_gpu(x: Tensor) -> bool:
 
 
 def watched(work: Callable[[], T]) -> tuple[T, int]:
-    """What it gives, and how often it waited for the GPU; what waits cannot be recorded, and a failure may cost more."""
+    """What it gives, and how often it waited for the GPU; what waits cannot be recorded, and failing may cost more."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
