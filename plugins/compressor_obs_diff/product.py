@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.calibration import kernels
+
 LEAST = 512
 """Terms of a sum, at the least, for the products to be worth taking apart."""
 LARGEST = 14
@@ -82,6 +84,10 @@ def _take_apart(x: Tensor, dim: int, together: tuple[int, ...], first_at: tuple[
     terms = x.shape[dim]
     if not worthwhile(x, terms):
         return Parts(x, None)
+    if together == (dim,) and x.is_cuda and kernels.problem(x.device) is None:
+        from compressor_obs_diff import halves_kernel
+
+        return Parts(*halves_kernel.take_apart(x, dim, 3 - sum(first_at), LARGEST))
     exponent = torch.linalg.vector_norm(x, torch.inf, together, keepdim=True).frexp().exponent.clamp(min=-100)
     power = (LARGEST - exponent).float().exp2()
     shape = list(x.shape)
