@@ -65,6 +65,33 @@ def test_moments_are_those_that_explicit_sums_give(inputs, drawn, second):
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
 
 
+@pytest.mark.parametrize("inputs", [24, 77])
+@pytest.mark.parametrize("drawn", [None, 50])
+def test_tokens_that_count_differently_are_summed_as_their_roots_say(inputs, drawn):
+    x = half(3, 67, inputs)
+    rows_TI = x.flatten(0, 1)
+    for token, value in ((0, "nan"), (31, "inf"), (200, "-inf")):
+        rows_TI[token, token % inputs] = float(value)
+    root_T = torch.rand(201, generator=torch.Generator().manual_seed(2))
+    place_K = None if drawn is None else torch.randperm(201, generator=torch.Generator().manual_seed(1))[:drawn]
+    moments = Moments.empty(inputs, True, CPU)
+    for weight in (0.8, WEIGHT):
+        moments.add(x, weight, place_K, root_T=root_T)
+    moments.finish()
+    taken_KI, root_K = (rows_TI, root_T) if place_K is None else (rows_TI[place_K], root_T[place_K])
+    good_K = taken_KI.isfinite().all(1)
+    root_K = root_K[good_K]
+    # of the halves that are multiplied
+    scaled_KI = (taken_KI[good_K].float() * root_K[:, None]).half()
+    second_II, _, squares_I = explicit([scaled_KI, scaled_KI], [0.8, WEIGHT])
+    assert moments.second_II is not None
+    assert_near(moments.second_II, second_II)
+    assert_near(moments.squares_I, squares_I)
+    assert_near(moments.total_I, (0.8 + WEIGHT) * (root_K.double() @ scaled_KI.double()))
+    assert moments.weight.item() == pytest.approx((0.8 + WEIGHT) * root_K.double().square().sum().item(), rel=1e-6)
+    assert (int(moments.tokens), int(moments.skipped)) == (2 * len(scaled_KI), 2 * int((~good_K).sum()))
+
+
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("stretches", [1, 2])
 def test_a_product_is_the_same_however_it_is_cut(tiling, stretches):
@@ -135,3 +162,10 @@ def test_gradients_are_multiplied_block_by_block(monkeypatch):
         block_TK = finite_TO[:, 36 * b : 36 * b + 36]
         assert_near(second_KK, 2 * block_TK.T @ block_TK)
     assert (int(sums.tokens), int(sums.skipped)) == (198, 2)
+    root_T = torch.linspace(0, 1, 100)
+    weighted = Gradients.empty(72, CPU)
+    weighted.add(g_TO, 2.0, root_T)
+    scaled_TO = (g_TO.flatten(0, 1).float() * root_T[:, None]).half()[[i for i in range(100) if i != 57]].double()
+    for b, second_KK in enumerate(weighted.second_BKK):
+        block_TK = scaled_TO[:, 36 * b : 36 * b + 36]
+        assert_near(second_KK.tril(), (2 * block_TK.T @ block_TK).tril())

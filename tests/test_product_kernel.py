@@ -68,6 +68,8 @@ def test_a_calibration_passes_the_warning_on(monkeypatch):
 TYPES = {
     "x": "*fp16",
     "places": "*i64",
+    "roots": "*fp32",
+    "counted": "*fp32",
     "second": "*fp32",
     "parts": "*fp32",
     "total": "*fp32",
@@ -83,7 +85,7 @@ TYPES = {
     "rows": "*i32",
     "bads": "*i32",
 }
-SUMS = ("totals", "squares", "tokens", "skipped", "weight_sum", "total", "square_sum")
+SUMS = ("counted", "totals", "squares", "tokens", "skipped", "weight_sum", "total", "square_sum")
 TILE = {"UNIT": 8, "M": 128, "N": 128, "D": 64, "GROUP": 8, "C": 64, "COPIED": False}
 ENGINE = (("left", "M"), ("right", "N"))
 LOADS = {"left": None, "right": None}
@@ -108,11 +110,11 @@ def compiled(kernel: str, constants: dict[str, Any], capability: int, warps: int
 @pytest.mark.parametrize(
     ("kernel", "constants", "absent", "stages"),
     [
-        ("_read", {"UNIT": 8, "R": 8, "C": 1024}, ("places", "copy", "totals", "squares"), 3),
+        ("_read", {"UNIT": 8, "R": 8, "C": 1024}, ("places", "roots", "copy", "totals", "squares", "counted"), 3),
         ("_read", {"UNIT": 1, "R": 16, "C": 1024}, (), 3),
-        ("_settle_alone", {"C": 64}, ("totals", "squares", "weight_sum", "total", "square_sum"), 3),
+        ("_settle_alone", {"C": 64}, ("counted", "totals", "squares", "weight_sum", "total", "square_sum"), 3),
         ("_settle_alone", {"C": 64}, (), 3),
-        ("_multiply", {**TILE, **LOADS, "ADD": True}, ("squares", "square_sum"), 5),
+        ("_multiply", {**TILE, **LOADS, "ADD": True}, ("counted", "squares", "square_sum"), 5),
         ("_multiply", {**TILE, **LOADS, "ADD": False}, SUMS, 5),
         ("_multiply", {**TILE, "ADD": True}, ("squares", "square_sum"), 4),
         ("_multiply", {**TILE, "COPIED": True, "ADD": False}, SUMS, 4),

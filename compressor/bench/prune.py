@@ -124,10 +124,6 @@ class _Load:
     compiled: bool = False
 
 
-_Part = Mapping[str, float]
-"""The loads of one pass, by name, and the share of its forwards that each has."""
-
-
 class _Source:
     """Gives a pruner moments of the network's forwards on random inputs, as a `Calibration` does of sampled ones."""
 
@@ -227,7 +223,7 @@ class _Bench:
         """While it lasts, forwards add to moments by the hooks that a calibration uses.
 
         It gives these, and a forward; where gradients are gathered, one that is differentiated, as the first one of a
-        calibration is and as `gradients.SHARE` of the others are.
+        calibration is and as `gradients.SHARE` of the others are, which alone are summed.
         """
         counter = StepCounter(torch.tensor([self._timestep]))
         tokens = Tokens(load.share, 0)
@@ -253,7 +249,7 @@ class _Bench:
     def _loads(self) -> dict[str, _Load]:
         """Kinds of forwards, by name; pruners that ask for the same moments of the same layers share theirs."""
         found: dict[str, _Load] = {}
-        self._names: dict[str, dict[str, list[_Part]]] = {}
+        self._names: dict[str, dict[str, list[str]]] = {}
         alike: dict[tuple[MomentKind, tuple[str, ...]], list[int]] = {}
         for i, entry in enumerate(self._entries):
             if entry.pruner.moments != "none":
@@ -278,11 +274,11 @@ class _Bench:
                     place + COMPILED: [replace(load, name=load.name + COMPILED, compiled=True) for load in these]
                     for place, these in loads.items()
                 }
-            names: dict[str, list[_Part]] = {}
+            names: dict[str, list[str]] = {}
             for place, these in loads.items():
-                parts = [_parts(load) for load in these]
-                found |= {load.name: load for part in parts for load, _ in part}
-                names[place] = [{load.name: of for load, of in part} for part in parts]
+                named = [_differentiated(load) for load in these]
+                found |= {load.name: load for load in named}
+                names[place] = [load.name for load in named]
             self._names |= {self._entries[i].where: names for i in places}
         return found
 
@@ -424,26 +420,28 @@ class _Bench:
             yield Job(case.name, "no calibration", 0, 0.0, 0.0, case.median)
             return
         names = self._names[entry.where]
+        share = gradients.SHARE if entry.pruner.moments == "gradients" else 1.0
         for end in ("", COMPILED) if self._blocks is not None else ("",):
             for how, place in (("1 package", "all"), (f"1 package, {100 * SHARE:g} % of the tokens", "some")):
-                yield self._job(case, how + end, names[place + end], rows, 1)
+                yield self._job(case, how + end, names[place + end], rows, 1, share)
             parts = names["packages" + end]
             if names["packages"] != names["all"]:
                 passes = entry.pruner.passes(len(parts))
-                yield self._job(case, several(len(parts), "package") + end, parts, rows, passes)
+                yield self._job(case, several(len(parts), "package") + end, parts, rows, passes, share)
 
-    def _job(self, case: Case, how: str, parts: Sequence[_Part], rows: Mapping[str, ForwardRow], passes: int) -> Job:
+    def _job(
+        self, case: Case, how: str, parts: Sequence[str], rows: Mapping[str, ForwardRow], passes: int, share: float
+    ) -> Job:
         count = self.subject.forwards * passes
         compiled = how.endswith(COMPILED)
         plain = rows[self._plain_of(compiled)].times
-        seconds = 0.0
-        for name, share in ((name, share) for part in parts for name, share in part.items()):
+        added = 0.0
+        for name in parts:
             times = rows[name].times
             if times is None or plain is None:
                 return Job(case.name, how, count, None, None, case.median)
-            seconds += share * times.median
+            added += share * (times.median - plain.median) / len(parts)
         assert plain is not None
-        added = seconds / len(parts) - plain.median
         compiling = self._compiling(rows) if compiled else 0.0
         return Job(case.name, how, count, count * plain.median, count * added, case.median, compiling)
 
@@ -463,14 +461,9 @@ class _Bench:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
-def _parts(load: _Load) -> list[tuple[_Load, float]]:
-    """What a pass is made of: where gradients are gathered, that is in a share of the forwards, chosen at random."""
-    if load.kind != "gradients":
-        return [(load, 1.0)]
-    return [
-        (replace(load, kind="second", name=f"{load.name}, others"), 1 - gradients.SHARE),
-        (replace(load, name=f"{load.name}, differentiated"), gradients.SHARE),
-    ]
+def _differentiated(load: _Load) -> _Load:
+    """Says so in its name, where it is."""
+    return replace(load, name=f"{load.name}, differentiated") if load.kind == "gradients" else load
 
 
 def _free_memory() -> None:

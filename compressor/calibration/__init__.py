@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from compressor.calibration import gathering, kernels, replay, sampling
+from compressor.calibration import gathering, gradients, kernels, replay, sampling
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.gradients import Scales
@@ -207,7 +207,8 @@ class Calibration:
         if kind in ("second", "gradients"):
             guided = sampling.guided(self._pipeline.folder, self._options.guidance)
             options = self._options
-            note = explain_rank(targets, self._trace, self._prompts, options.steps, guided, options.tokens)
+            steps = options.steps if kind == "second" else max(1, round(gradients.SHARE * options.steps))
+            note = explain_rank(targets, self._trace, self._prompts, steps, guided, options.tokens)
             if note:
                 self.warn(note)
         if deal_out and self._ranks.count > 1:
@@ -227,7 +228,8 @@ class Calibration:
         Args:
             package: the layers.
             kind: `norms`; `second` for the full second moment as well; `gradients` for that and for the second
-                moments of the gradients at the layers' outputs.
+                moments of the gradients at the layers' outputs, both of a share of the network's calls, and with tokens
+                that count as `influence` says.
             weighting: how much each step counts.
 
         Returns:
@@ -397,7 +399,7 @@ def explain_rank(
         targets: the layers.
         trace: tells the tokens of each.
         prompts: how many are sampled.
-        steps: inference steps.
+        steps: inference steps whose inputs are summed.
         guided: whether every prompt is joined by the empty one, which is the same for all of them.
         share: of the tokens that are summed in a forward.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import kernels
-from compressor.calibration.moments import add_products, finite, mirror
+from compressor.calibration.moments import add_products, finite, mirror, times_roots
 
 BLOCK = 2048
 """The most outputs whose gradients are multiplied with one another: the cost of all of them grows with their square, of
@@ -40,7 +40,7 @@ class Gradients:
         zero = torch.zeros((), dtype=torch.int64, device=device)
         return cls(torch.zeros(blocks, width, width, device=device), zero, zero.clone())
 
-    def add(self, gradient: Tensor, weight: float = 1.0) -> None:
+    def add(self, gradient: Tensor, weight: float = 1.0, root_T: Tensor | None = None) -> None:
         """Adds the tokens of one backward pass.
 
         The weight enters through the products' factor and never through g, which a half-precision dtype would round.
@@ -48,17 +48,21 @@ class Gradients:
         Args:
             gradient: ... x O, in any floating-point dtype; not changed.
             weight: how much the pass counts.
+            root_T: the root of what each token counts, as in `Moments.add`.
         """
         width = self.second_BKK.shape[-1]
         kernel = kernels.of(gradient)
         if kernel is not None:
-            found = kernel.read(gradient.reshape(-1, gradient.shape[-1]), None, total=False, squares=False)
+            g_TO = gradient.reshape(-1, gradient.shape[-1])
+            found = kernel.read(g_TO, None, total=False, squares=False, root_K=root_T)
             kernel.settle(found, kernel.Sums(self.tokens, self.skipped), 1.0)
             for block, second_KK in enumerate(self.second_BKK):
                 kernel.multiply(second_KK, found, weight, first=block * width)
             self.halved = True
             return
         g_TO, good_T = finite(gradient)
+        if root_T is not None:
+            g_TO = times_roots(g_TO, root_T)
         good = good_T.sum()
         self.tokens.add_(good)
         self.skipped.add_(len(g_TO) - good)

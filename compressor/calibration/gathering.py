@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.calibration import gradients
 from compressor.calibration.compiled import Blocks
+from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package
@@ -41,7 +42,8 @@ def watch(
     Args:
         network: with a forward that has an argument `timestep`.
         package: the layers.
-        kind: `norms`, `second` or `gradients`, as in `Calibration.collect`.
+        kind: `norms`, `second` or `gradients`, as in `Calibration.collect`. With the last, only the calls that are
+            differentiated are summed.
         weigh: how much a forward counts, by its timestep; called once at the beginning of each.
         tokens: draws those that are summed.
         meter: gets the time that adding to the moments of the inputs takes.
@@ -65,7 +67,12 @@ def watch(
         tokens.next_forward(refill=replay is not None)
         meter.next_forward()
 
+    coupled = Coupled(groups, moments, tokens, meter)
+
     def adding(group: Group) -> Callable[[Tensor], None]:
+        if kind == "gradients":
+            return coupled.keeping(group)
+
         def add(x: Tensor) -> None:
             with meter.block():
                 place_K, each = tokens.draw(x)
@@ -88,9 +95,11 @@ def watch(
                 return
             for g in groups:
                 moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
-            sums = {name: total for found in moments.values() for name, total in found.gradients.items()}
             with gradients.watch(
-                network, [target for g in groups for target in g.targets], sums, {} if scales is None else scales
+                network,
+                [target for g in groups for target in g.targets],
+                lambda found, scale: coupled.add(found, scale, weight),
+                {} if scales is None else scales,
             ) as of_gradients:
 
                 def next_batch(prompt: int) -> None:

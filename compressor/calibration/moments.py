@@ -32,7 +32,7 @@ class Moments:
         skipped: how many had an infinite or undefined entry and were left out; likewise.
         weight: sum of a_t over the tokens that were summed, float64: `total_I` over it is the inputs' mean.
         gradients: for each layer that reads the input, second moments of the gradients at its outputs; empty unless
-            they were asked for.
+            they were asked for. Then tokens count differently, as `influence` says, and a_t has that in it.
         halved: whether `second_II` is right on and below its diagonal only, until `finish`.
     """
 
@@ -65,10 +65,12 @@ class Moments:
         place_K: Tensor | None = None,
         each: float = 1.0,
         live: Tensor | None = None,
+        root_T: Tensor | None = None,
     ) -> None:
         """Adds the tokens of one forward.
 
         The weight enters through the products' factor and never through x, which a half-precision dtype would round.
+        Roots do enter through x: so the sums stay those of real numbers, of x and of a constant 1, both times the root.
 
         Args:
             x: ... x I, in any floating-point dtype; not changed.
@@ -77,17 +79,19 @@ class Moments:
             each: how many tokens each of them stands for.
             live: the weight as a GPU has it, float64 without dimensions, which an addition that is recorded in a CUDA
                 graph reads whenever it is replayed.
+            root_T: the root of what each token counts, float32, at most 1; all count the same if None.
 
         Raises:
             Unrecordable: if it is being recorded and there are no `kernels` for x.
         """
         x_TI = x.reshape(-1, x.shape[-1])
+        root_K = root_T if root_T is None or place_K is None else root_T[place_K]
         kernel = kernels.of(x_TI)
         if kernel is not None:
             factor = each if live is not None else weight * each
             squares_I = self.squares_I if self.second_II is None else None
             sums = kernel.Sums(self.tokens, self.skipped, self.weight, self.total_I, squares_I)
-            found = kernel.read(x_TI, place_K, total=True, squares=squares_I is not None)
+            found = kernel.read(x_TI, place_K, total=True, squares=squares_I is not None, root_K=root_K)
             if self.second_II is None:
                 kernel.settle(found, sums, factor, live)
             else:
@@ -101,8 +105,14 @@ class Moments:
         good = good_T.sum()
         self.tokens.add_(good)
         self.skipped.add_(len(x_TI) - good)
-        self.weight.add_(good, alpha=weight)
-        self.total_I.add_(x_TI.sum(0, dtype=torch.float32), alpha=weight)
+        if root_K is None:
+            self.weight.add_(good, alpha=weight)
+            self.total_I.add_(x_TI.sum(0, dtype=torch.float32), alpha=weight)
+        else:
+            root_K = root_K * good_T
+            x_TI = times_roots(x_TI, root_K)
+            self.weight.add_(root_K.square().sum(dtype=torch.float64), alpha=weight)
+            self.total_I.add_(root_K @ x_TI.float(), alpha=weight)
         if self.second_II is None:
             self.squares_I.add_(x_TI.float().square().sum(0), alpha=weight)
             return
@@ -134,6 +144,11 @@ def finite(x: Tensor) -> tuple[Tensor, Tensor]:
     x_TI = x.reshape(-1, x.shape[-1])
     good_T = x_TI.abs().amax(dim=1) < float("inf")  # as isfinite(x_TI).all(dim=1), with fewer passes over x
     return torch.where(good_T[:, None], x_TI, 0), good_T
+
+
+def times_roots(x_TI: Tensor, root_T: Tensor) -> Tensor:
+    """Tokens times the roots of what they count, in the tokens' dtype."""
+    return (x_TI * root_T[:, None]).to(x_TI.dtype)
 
 
 def add_products(second_II: Tensor, x_TI: Tensor, weight: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Sums of half-precision inputs on a GPU by two Triton kernels: one reads them, one multiplies half of x^T x.
 
 Tiles of the product are fetched by the copy engine where there is one (Hopper). It leaves no tokens out, so drawn ones
-are copied side by side first, and should any token not be finite, the tiles are fetched row by row.
+are copied side by side first, and should any token not be finite, the tiles are fetched row by row. Tokens that do not
+all count the same are copied, too, each times the root of what it counts.
 
 Nothing is added up in an order that could differ from run to run: the same inputs give the same bytes.
 """
@@ -62,14 +63,15 @@ class Reading:
     """What the first kernel found.
 
     Attributes:
-        x_TI: what was read; if tokens were drawn and there is a copy engine, a copy of them, of which those that are
-            not finite are zeros.
+        x_TI: what was read; if tokens have roots, or were drawn and there is a copy engine, a copy of those taken,
+            times their roots, of which those that are not finite are zeros.
         taken: how many of its tokens.
         copied: whether it is that copy.
         row_K: which, as rows of `x_TI`, padded; -1 for those that are not finite and for the padding.
         bad_P: how many of each program's tokens were not finite.
-        total_PI: sum of each program's finite tokens, float32.
+        total_PI: sum of each program's finite tokens, float32, each counted as its root says.
         squares_PI: of their squares; None if they were not asked for.
+        counted_P: what each program's finite tokens count together, float32; None where each counts 1.
     """
 
     x_TI: Tensor
@@ -79,6 +81,7 @@ class Reading:
     bad_P: Tensor
     total_PI: Tensor | None
     squares_PI: Tensor | None
+    counted_P: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Sums:
     squares_I: Tensor | None = None
 
 
-def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Reading:
+def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool, root_K: Tensor | None = None) -> Reading:
     """Finds the tokens that are not finite, and sums the others of each program, in one pass.
 
     Args:
@@ -108,6 +111,7 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Re
         place_K: the rows to take, int64; all if None.
         total: whether to sum the tokens.
         squares: whether to sum their squares, with `total` only.
+        root_K: the root of what each token counts, float32, at most 1; each counts 1 if None.
     """
     assert total or not squares
     x_TI = x_TI if x_TI.stride(1) == 1 and x_TI.stride(0) >= x_TI.shape[1] else x_TI.contiguous()
@@ -115,7 +119,8 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Re
     padded = -(-taken // PADDING) * PADDING
     rows = 8 if padded <= 4096 else 16
     programs, unit, device = padded // rows, _unit(x_TI), x_TI.device
-    copied = place_K is not None and taken > 0 and inputs % ENGINE == 0 and has_engine(device)
+    drawn = place_K is not None and inputs % ENGINE == 0 and has_engine(device)
+    copied = taken > 0 and (drawn or root_K is not None)
     found = Reading(
         torch.empty(taken, inputs, dtype=x_TI.dtype, device=device) if copied else x_TI,
         taken,
@@ -124,12 +129,13 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool) -> Re
         torch.empty(programs, dtype=torch.int32, device=device),
         torch.empty(programs, inputs, device=device) if total else None,
         torch.empty(programs, inputs, device=device) if squares else None,
+        torch.empty(programs, device=device) if root_K is not None else None,
     )
     if programs:
         with torch.cuda.device_of(x_TI):
             _read[(programs,)](
-                *(x_TI, x_TI.stride(0) // unit, inputs // unit, place_K, taken, found.x_TI if copied else None),
-                *(found.row_K, found.bad_P, found.total_PI, found.squares_PI),
+                *(x_TI, x_TI.stride(0) // unit, inputs // unit, place_K, root_K, taken, found.x_TI if copied else None),
+                *(found.row_K, found.bad_P, found.total_PI, found.squares_PI, found.counted_P),
                 UNIT=unit,
                 R=rows,
                 C=READ_COLUMNS,
@@ -172,7 +178,6 @@ def multiply(
     x_TI = found.x_TI if inputs == found.x_TI.shape[1] else found.x_TI[:, first : first + inputs]
     device, unit = x_TI.device, _unit(x_TI)
     engine = found.taken > 0 and unit == ENGINE and x_TI.data_ptr() % 16 == 0 and has_engine(device)
-    assert engine or not found.copied, "rows are those of what was copied from"
     tiling = tiling or tiling_of(device)
     stretches = stretches or stretches_of(inputs, padded, tiling, device)
     each = -(-padded // (stretches * PADDING)) * PADDING
@@ -242,14 +247,15 @@ def _unit(x_TI: Tensor) -> int:
 def _arguments(found: Reading, sums: Sums | None) -> tuple[Tensor | int | None, ...]:
     into = None if sums is None else (sums.tokens, sums.skipped, sums.weight, sums.total_I, sums.squares_I)
     return (
-        *(found.bad_P, len(found.bad_P), found.taken, found.total_PI, found.squares_PI, found.x_TI.shape[1]),
+        *(found.bad_P, len(found.bad_P), found.taken, found.counted_P),
+        *(found.total_PI, found.squares_PI, found.x_TI.shape[1]),
         *(into or (None,) * 5),
     )
 
 
 @triton.jit(do_not_specialize=["stride", "width", "taken"])
 def _read(
-    x, stride, width, places, taken, copy, rows, bads, totals, squares,
+    x, stride, width, places, roots, taken, copy, rows, bads, totals, squares, counted,
     UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -259,56 +265,64 @@ def _read(
     row_R = token_R
     if places is not None:
         row_R = tl.load(places + token_R, mask=there_R, other=0).to(tl.int32)
+    root_R = tl.full((R,), 1.0, tl.float32)
+    if roots is not None:
+        root_R = tl.load(roots + token_R, mask=there_R, other=0)
     x_R = x + row_R.to(tl.int64) * (stride * UNIT)
     bad_RC = tl.zeros((R, C), tl.int32)
     for start in range(0, inputs, C):
         column_C = start + tl.arange(0, C)
         inside_RC = there_R[:, None] & (column_C < inputs)
         half_RC = tl.load(x_R[:, None] + column_C, mask=inside_RC, other=0)
-        x_RC = half_RC.to(tl.float32)
-        bad_RC |= tl.where(tl.abs(x_RC) < float("inf"), 0, 1)
-        if copy is not None:
-            tl.store(copy + token_R[:, None].to(tl.int64) * inputs + column_C, half_RC, mask=inside_RC)
-        _store_sums(x_RC, program, column_C, inputs, totals, squares)
+        bad_RC |= tl.where(tl.abs(half_RC.to(tl.float32)) < float("inf"), 0, 1)
+        _keep(half_RC, root_R, roots, inside_RC, program, token_R, column_C, inputs, copy, totals, squares)
     bad_R = tl.max(bad_RC, axis=1)
     bad = tl.sum(bad_R)
     tl.store(bads + program, bad)
     good_R = there_R & (bad_R == 0)
+    if copy is not None:
+        row_R = token_R
     tl.store(rows + token_R, tl.where(good_R, row_R, -1))
+    if counted is not None:
+        tl.store(counted + program, tl.sum(tl.where(good_R, root_R * root_R, 0)))
     if bad > 0:  # rare: once more, without them
         for start in range(0, inputs, C):
             column_C = start + tl.arange(0, C)
-            x_RC = tl.load(x_R[:, None] + column_C, mask=good_R[:, None] & (column_C < inputs), other=0)
-            _store_sums(x_RC.to(tl.float32), program, column_C, inputs, totals, squares)
-            if copy is not None:
-                inside_RC = there_R[:, None] & (column_C < inputs)
-                tl.store(copy + token_R[:, None].to(tl.int64) * inputs + column_C, x_RC, mask=inside_RC)
+            half_RC = tl.load(x_R[:, None] + column_C, mask=good_R[:, None] & (column_C < inputs), other=0)
+            inside_RC = there_R[:, None] & (column_C < inputs)
+            _keep(half_RC, root_R, roots, inside_RC, program, token_R, column_C, inputs, copy, totals, squares)
 
 
 @triton.jit
-def _store_sums(x_RC, program, column_C, inputs, totals, squares):
+def _keep(half_RC, root_R, roots, inside_RC, program, token_R, column_C, inputs, copy, totals, squares):
+    """Copies tokens times their roots, and sums them as what was copied."""
+    if roots is not None:
+        half_RC = (half_RC.to(tl.float32) * root_R[:, None]).to(half_RC.dtype)
+    if copy is not None:
+        tl.store(copy + token_R[:, None].to(tl.int64) * inputs + column_C, half_RC, mask=inside_RC)
+    x_RC = half_RC.to(tl.float32)
     at_C = program.to(tl.int64) * inputs + column_C
     if totals is not None:
-        tl.store(totals + at_C, tl.sum(x_RC, axis=0), mask=column_C < inputs)
+        tl.store(totals + at_C, tl.sum(x_RC * root_R[:, None], axis=0), mask=column_C < inputs)
     if squares is not None:
         tl.store(squares + at_C, tl.sum(x_RC * x_RC, axis=0), mask=column_C < inputs)
 
 
 @triton.jit(do_not_specialize=["programs", "taken", "inputs"])
 def _settle_alone(
-    bads, programs, taken, totals, squares, inputs,
+    bads, programs, taken, counted, totals, squares, inputs,
     tokens, skipped, weight_sum, total, square_sum, weight: tl.float64, live,
     C: tl.constexpr,
 ):  # fmt: skip
     _settle(
-        tl.program_id(0), bads, programs, taken, totals, squares, inputs,
+        tl.program_id(0), bads, programs, taken, counted, totals, squares, inputs,
         tokens, skipped, weight_sum, total, square_sum, _factor(weight, live), C,
     )  # fmt: skip
 
 
 @triton.jit
 def _settle(
-    part, bads, programs, taken, totals, squares, inputs,
+    part, bads, programs, taken, counted, totals, squares, inputs,
     tokens, skipped, weight_sum, total, square_sum, factor,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +332,8 @@ def _settle(
         tl.store(tokens, tl.load(tokens) + good)
         tl.store(skipped, tl.load(skipped) + bad)
         if weight_sum is not None:
-            tl.store(weight_sum, tl.load(weight_sum) + factor * good.to(tl.float64))
+            count = good.to(tl.float64) if counted is None else _counted(counted, programs)
+            tl.store(weight_sum, tl.load(weight_sum) + factor * count)
     column_C = part * C + tl.arange(0, C)
     if total is not None:
         _add_sums(total, totals, programs, column_C, inputs, factor, C)
@@ -344,6 +359,15 @@ def _count(bads, programs):
 
 
 @triton.jit
+def _counted(counted, programs):
+    sum_P = tl.zeros((256,), tl.float64)
+    for start in range(0, programs, 256):
+        program_P = start + tl.arange(0, 256)
+        sum_P += tl.load(counted + program_P, mask=program_P < programs, other=0).to(tl.float64)
+    return tl.sum(sum_P)
+
+
+@triton.jit
 def _add_sums(sums, parts, programs, column_C, inputs, factor, C: tl.constexpr):
     sum_PC = tl.zeros((64, C), tl.float32)
     for start in range(0, programs, 64):
@@ -357,7 +381,7 @@ def _add_sums(sums, parts, programs, column_C, inputs, factor, C: tl.constexpr):
 @triton.jit(do_not_specialize=["stride", "width", "padded", "each", "programs", "taken", "inputs"])
 def _multiply(
     left, right, x, stride, width, rows, padded, each, second,
-    bads, programs, taken, totals, squares, inputs,
+    bads, programs, taken, counted, totals, squares, inputs,
     tokens, skipped, weight_sum, total, square_sum, weight: tl.float64, live,
     ADD: tl.constexpr, COPIED: tl.constexpr, UNIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
@@ -396,7 +420,7 @@ def _multiply(
     elif tokens is not None:
         if stretch == 0:
             _settle(
-                program - down * across, bads, programs, taken, totals, squares, inputs,
+                program - down * across, bads, programs, taken, counted, totals, squares, inputs,
                 tokens, skipped, weight_sum, total, square_sum, _factor(weight, live), C,
             )  # fmt: skip
 

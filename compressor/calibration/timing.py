@@ -44,12 +44,16 @@ class Meter:
         """Begins a forward."""
         self._forward += 1
 
-    def block(self) -> AbstractContextManager[None]:
-        """Counts the block, in a forward that is timed."""
+    def block(self, rare: bool = False) -> AbstractContextManager[None]:
+        """Counts the block, in a forward that is timed.
+
+        Args:
+            rare: it is one of few, which are all timed, and stands for no other.
+        """
         if self._device.type != "cuda":
             return self._clocked()
-        if self._recording is not None or self._forward <= 1 or self._forward % EVERY == 2:
-            return self._between_events()
+        if rare or self._recording is not None or self._forward <= 1 or self._forward % EVERY == 2:
+            return self._between_events(1 if rare else self._forward)
         return _NOTHING
 
     @contextmanager
@@ -87,9 +91,9 @@ class Meter:
         self._add(self._forward, time.perf_counter() - start)
 
     @contextmanager
-    def _between_events(self) -> Iterator[None]:
+    def _between_events(self, forward: int) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)  # events without a stream are those of the current GPU
-        forward, recording = self._forward, self._recording
+        recording = self._recording
         if recording is not None:
             begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
         else:
