@@ -1,24 +1,28 @@
-"""The kernels of the sweep against the sweep in PyTorch: on a GPU, or, where there is none, in Triton's interpreter.
+"""The kernels of sweep and removal against PyTorch: on a GPU, or, where there is none, in Triton's interpreter.
 
 Triton is told to interpret before it is imported: so a process of its own runs this file once more.
 """
 
-# Shapes: N problems of O outputs and I inputs, T tokens; S sets of K scores.
+# Shapes: N problems of O outputs and I inputs, T tokens; S sets of K scores. Of removal: as in `greedy`.
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff, batch
+from compressor_obs_diff import OBSDiff, batch, greedy
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
+from compressor_obs_diff.removal import Problem, Stream, remove_together
 from compressor_obs_diff.solver import energy, factorise, sweep_together
+from compressor_obs_diff.triangular import inverse_factor
 from torch import Tensor, nn
 
 from compressor import sparsity
@@ -286,3 +290,174 @@ def test_a_package_is_pruned_at_once_as_group_by_group(given, dtype, most, monke
         torch.testing.assert_close(one.weight, other.weight, rtol=rtol, atol=atol)
         if one.bias is not None:
             torch.testing.assert_close(one.bias, other.bias, rtol=rtol, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------------- inputs that leave
+
+
+def pivots(problems: int, streams: int, groups: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Hinv_jj and M_jj / 2, N x 2 x G, and which groups are gone, P x G."""
+    generator = torch.Generator().manual_seed(groups)
+    pivots_N2G = torch.rand(problems * streams, 2, groups, generator=generator, dtype=torch.float64) + 0.1
+    out_PG = torch.rand(problems, groups, generator=generator) < 0.4
+    out_PG[:, groups // 2] = False
+    if kind == "ties":
+        pivots_N2G = (pivots_N2G * 3).ceil()
+    elif kind == "below zero":  # by rounding: as good as zero
+        pivots_N2G[:, 1] -= 0.6
+    elif kind == "infinite":
+        pivots_N2G[:, 1] = torch.inf
+    elif kind == "nan":
+        pivots_N2G[:, 1, -1] = 0
+        pivots_N2G[:, 1, groups // 2 :: 3] = torch.nan
+    pivots_N2G.masked_fill_(out_PG.repeat_interleave(streams, 0)[:, None], 1e-20)
+    return pivots_N2G, out_PG
+
+
+@gpu
+@kernels
+@pytest.mark.parametrize("kind", ["random", "ties", "below zero", "infinite", "nan"])
+@pytest.mark.parametrize(("streams", "groups"), [(1, 1), (1, 300), (2, 41), (2, 300)])
+def test_the_cheapest_group_of_each_problem_is_chosen_and_marked(kind, streams, groups, monkeypatch):
+    from compressor_obs_diff import removal_kernel
+
+    monkeypatch.setattr(removal_kernel, "GROUPS", 64)
+    pivots_N2G, out_PG = pivots(3, streams, groups, kind)
+    energy_PS = torch.linspace(1, 2, 3 * streams, dtype=torch.float64).view(3, streams)
+    costs_PSG = (2 * pivots_N2G[:, 1] / pivots_N2G[:, 0]).clamp(min=0).view(3, streams, groups)
+    expected_P1 = greedy.cheapest(costs_PSG, out_PG, energy_PS, "energy")
+    found_PG = out_PG.to(DEVICE)
+    place_P1, costs_PS1 = removal_kernel.choose(pivots_N2G.to(DEVICE), found_PG, energy_PS.to(DEVICE))
+    assert torch.equal(place_P1.cpu(), expected_P1)
+    expected_PS1 = costs_PSG.gather(2, expected_P1[:, None].expand(-1, streams, 1))
+    torch.testing.assert_close(costs_PS1.cpu(), expected_PS1, rtol=1e-15, atol=0, equal_nan=True)
+    assert bool(costs_PS1.isfinite().all()) == (kind not in ("infinite", "nan"))
+    assert torch.equal(found_PG.cpu(), out_PG.scatter(1, expected_P1, True))
+
+
+@gpu
+@kernels
+def test_the_cost_of_what_is_gone_already_is_infinite():
+    from compressor_obs_diff import removal_kernel
+
+    out_PG = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
+    ones = torch.ones(4, 2, 5, dtype=torch.float64, device=DEVICE)
+    place_P1, costs_PS1 = removal_kernel.choose(ones, out_PG, torch.ones(2, 2, dtype=torch.float64, device=DEVICE))
+    assert place_P1.tolist() == [[0], [0]]
+    assert costs_PS1.isinf().all()
+
+
+def streams_of(seed: int, inputs: int, count: int) -> list[Stream]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for s in range(count):
+        x_TI = torch.randn(4 * inputs, inputs, generator=generator, dtype=torch.float64)
+        x_TI += torch.randn(4 * inputs, 1, generator=generator)
+        weight_OI = torch.randn(9, inputs, generator=generator, dtype=torch.float64)
+        found.append(Stream(f"{seed}.{s}", weight_OI.to(DEVICE), (x_TI.T @ x_TI).to(DEVICE)))
+    return found
+
+
+@gpu
+@kernels
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("rows", [0, 1, 5, 19])
+def test_a_removal_by_the_kernel_leaves_what_one_in_pytorch_does(rows, streams, monkeypatch):
+    from compressor_obs_diff import removal_kernel
+
+    monkeypatch.setattr(removal_kernel, "ROWS", 8)
+    monkeypatch.setattr(removal_kernel, "COLUMNS", 16)
+    every = streams_of(0, 40, streams) + streams_of(1, 40, streams)
+    hessian_NII = torch.stack([each.second_II for each in every])
+    groups_GD = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:37, None]  # the others stay
+    factors = [inverse_factor(hessian_NII.clone())[0]]
+    weights = [each.weight_OI for each in every]
+    search = greedy.Search(hessian_NII, factors, weights, [None] * len(every), groups_GD, streams)
+    search.panel_N2BC.fill_(torch.nan)  # of rows not in use nothing is read
+    generator = torch.Generator().manual_seed(rows)
+    places_PR = torch.stack([torch.randperm(37, generator=generator) for _ in range(2)]).to(DEVICE)
+    for row in range(rows):
+        search.remove(places_PR[:, row : row + 1])
+    other = copy.deepcopy(search)
+    other._kernels = removal_kernel
+    for each in (search, other):
+        each.remove(places_PR[:, rows : rows + 1].contiguous())
+    assert other.panel_N2BC[:, :, : rows + 1].isfinite().all()
+    assert torch.equal(other.state_N2CC, search.state_N2CC)
+    torch.testing.assert_close(other.panel_N2BC, search.panel_N2BC, rtol=1e-9, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(other.pivots_N2G, search.pivots_N2G, rtol=1e-9, atol=1e-9)
+
+
+@gpu
+@kernels
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of what is gone
+@pytest.mark.parametrize(
+    ("inputs", "counts", "panel", "refresh"),
+    [(24, (15, 9), 4, 12)] if INTERPRETED else [(200, (180, 150), 4, 12), (700, (600, 320), 128, 2048)],
+)
+@pytest.mark.parametrize(("streams", "fusion"), [(1, "rank_fusion"), (2, "energy"), (2, "rank_fusion")])
+def test_inputs_leave_by_kernels_in_the_order_and_at_the_costs_of_pytorch(
+    streams, fusion, inputs, counts, panel, refresh, monkeypatch
+):
+    from compressor_obs_diff import removal_kernel
+
+    monkeypatch.setattr(greedy, "PANEL", panel)
+    monkeypatch.setattr(greedy, "REFRESH", refresh)
+    if INTERPRETED:  # which is slower with large tiles
+        for name, size in (("GROUPS", 16), ("ROWS", 4), ("COLUMNS", 32)):
+            monkeypatch.setattr(removal_kernel, name, size)
+    groups_GD = torch.randperm(inputs, generator=torch.Generator().manual_seed(0))[: inputs - 3, None]
+    problems = [Problem(streams_of(seed, inputs, streams), count) for seed, count in enumerate(counts)]
+    monkeypatch.setattr(greedy, "has_kernels", lambda _: False)
+    expected = remove_together(problems, groups_GD, 0.01, fusion)
+    monkeypatch.setattr(greedy, "has_kernels", lambda _: True)
+    launched: list[str] = []
+    for name in ("choose", "downdate"):
+        real: Any = getattr(removal_kernel, name)
+        monkeypatch.setattr(
+            removal_kernel, name, lambda *given, name=name, real=real: launched.append(name) or real(*given)
+        )
+    found = remove_together(problems, groups_GD, 0.01, fusion)
+    if streams == 2 and fusion == "rank_fusion":
+        assert not launched
+    elif DEVICE.type == "cpu":  # a GPU replays some
+        assert launched == ["choose", *["downdate", "choose"] * (counts[0] - 1)]
+    else:
+        assert launched
+    for one, other in zip(found, expected, strict=True):
+        assert one.removed == other.removed
+        torch.testing.assert_close(one.costs_RS, other.costs_RS, rtol=1e-9, atol=0)
+        for refit, wanted in zip(one.refits, other.refits, strict=True):
+            torch.testing.assert_close(refit.weight_OK, wanted.weight_OK, rtol=1e-9, atol=1e-9)
+
+
+TYPES = {
+    **dict.fromkeys(("pivots", "energies", "costs", "state", "panel"), "*fp64"),
+    "out": "*u8",
+    "places": "*i64",
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize(("kernel", "streams"), [("_choose", 1), ("_choose", 2), ("_downdate", 2)])
+def test_the_kernels_of_removal_are_compiled_for_hopper(kernel, streams):
+    """Without a GPU, by the assembler that comes with triton; the interpreter lets pass what the compiler refuses."""
+    triton = pytest.importorskip("triton")
+    from compressor_obs_diff import removal_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if kernel == "_choose":
+        constants, warps = {"S": streams, "T": removal_kernel.GROUPS}, removal_kernel.CHOOSING_WARPS
+    else:
+        constants = {"S": streams, "R": removal_kernel.ROWS, "T": removal_kernel.COLUMNS}
+        warps = removal_kernel.DOWNDATING_WARPS
+    function: Any = getattr(removal_kernel, kernel)
+    names = function.arg_names
+    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    source = ASTSource(function, types, {(names.index(name),): size for name, size in constants.items()}, aligned)
+    found = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
+    assert found.asm["cubin"]
+    assert "div.rn.f64" in found.asm["ptx"]  # not an approximation
+    assert "atom" not in found.asm["ptx"]

@@ -14,7 +14,7 @@ a full panel is applied by matrix products.
 What is gone stays in all tensors, and nothing of it reaches what is left: entry c of a row of U or V concerns column c
 only. So no step depends on what was chosen but by indices on the device. A GPU is not waited for after a removal, and
 each of its steps is made for as many problems as are given. Where single inputs leave, the steps that fill a panel are
-recorded once in a CUDA graph and replayed.
+recorded once in a CUDA graph and replayed; unless ranks are added, each is two kernels of `removal_kernel`.
 """
 
 # Shapes: P problems, S streams of each, N = P S; O outputs, I inputs; as of the last inversion: G groups left, D inputs
@@ -24,11 +24,12 @@ recorded once in a CUDA graph and replayed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from compressor.calibration import kernels
 from compressor_obs_diff.metric import times
 from compressor_obs_diff.triangular import inverse_factor, square
 
@@ -74,6 +75,7 @@ class Search:
         self.gone_PG = torch.zeros(count // streams, len(groups_GD), dtype=torch.bool, device=hessian_NII.device)
         self.zero = torch.zeros((), dtype=torch.float64, device=hessian_NII.device)
         self.order: list[Tensor] = []
+        self._kernels: Any = None  # the module, while a removal is two kernels of it
         self._start(factors)
 
     def run(self, count: int, energy_PS: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
@@ -87,6 +89,11 @@ class Search:
         Returns:
             Which groups, P x R, and what each cost each stream, P x S x R.
         """
+        self._kernels = None
+        if self.width == 1 and (self.streams == 1 or fusion != "rank_fusion") and has_kernels(self.out_PG.device):
+            from compressor_obs_diff import removal_kernel
+
+            self._kernels = removal_kernel
         costs = [torch.zeros(*energy_PS.shape, 0, dtype=torch.float64, device=self.gone_PG.device)]
         done = 0
         while done < count:
@@ -104,7 +111,12 @@ class Search:
         return torch.cat([*self.order, self._chosen()], dim=1), torch.cat(costs, dim=2)
 
     def _choose(self, energy_PS: Tensor, fusion: Fusion) -> tuple[Tensor, Tensor]:
-        """The place of the cheapest group of each problem, P x 1, and what it costs each stream, P x S x 1."""
+        """The place of the cheapest group of each problem, P x 1, and what it costs each stream, P x S x 1.
+
+        Kernels mark it as gone, too.
+        """
+        if self._kernels is not None:
+            return self._kernels.choose(self.pivots_N2G, self.out_PG, energy_PS)
         costs_PSG = self.costs()
         place_P1 = cheapest(costs_PSG, self.out_PG, energy_PS, fusion)
         return place_P1, costs_PSG.gather(2, place_P1[:, None].expand(-1, self.streams, 1))
@@ -126,8 +138,7 @@ class Search:
                 steps = []
                 for self.rows in range(PANEL):
                     place_P1, costs_PS1 = self._choose(energy_PS, fusion)
-                    self.out_PG.scatter_(1, place_P1, True)
-                    self._remove_one(self._of_streams(place_P1))
+                    self._downdate(place_P1)
                     steps.append((place_P1, costs_PS1))
                 self.rows = PANEL
                 self._update()
@@ -156,18 +167,24 @@ class Search:
 
     def remove(self, place_P1: Tensor) -> None:
         """Downdates Hinv and M of all problems for the loss of a group each, given by its place among those left."""
-        self.out_PG.scatter_(1, place_P1, True)
+        self._downdate(place_P1)
         self.places.append(place_P1)
-        if self.width == 1:
-            self._remove_one(self._of_streams(place_P1))
-        else:
-            self._remove_several(self._of_streams(place_P1))
         self.rows += self.width
         self.since += self.width
         if self.since >= REFRESH:
             self.invert()
         elif self.rows + self.width > self.panel_N2BC.shape[2]:
             self.apply()
+
+    def _downdate(self, place_P1: Tensor) -> None:
+        if self._kernels is not None:  # it is marked already
+            self._kernels.downdate(self.state_N2CC, self.panel_N2BC, self.pivots_N2G, place_P1, self.rows)
+            return
+        self.out_PG.scatter_(1, place_P1, True)
+        if self.width == 1:
+            self._remove_one(self._of_streams(place_P1))
+        else:
+            self._remove_several(self._of_streams(place_P1))
 
     def _of_streams(self, x_PX: Tensor) -> Tensor:
         """What is one problem's, for each of its streams."""
@@ -302,6 +319,11 @@ class Search:
         self.places: list[Tensor] = []
         self.rows = 0
         self.since = 0
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether single inputs leave by Triton kernels there."""
+    return device.type == "cuda" and kernels.problem(device) is None
 
 
 def cheapest(costs_PSG: Tensor, out_PG: Tensor, energy_PS: Tensor, fusion: Fusion) -> Tensor:
