@@ -48,10 +48,12 @@ def adding_to(sums: dict[str, Gradients]) -> gradients.Take:
     return take
 
 
-def gather(network: Two, calls: int, tokens: int, scales: gradients.Scales | None = None) -> dict[str, Gradients]:
+def gather(
+    network: Two, calls: int, tokens: int, scales: gradients.Scales | None = None, share: float = 1.0
+) -> dict[str, Gradients]:
     targets = targets_of(network)
     sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
-    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), {} if scales is None else scales):
+    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), {} if scales is None else scales, share):
         for call in range(calls):
             x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(call))
             network(x)
@@ -83,7 +85,7 @@ def test_every_call_counts_the_same_however_large_its_gradients_are():
     for factors in ([1.0], [30.0], [1.0, 30.0]):
         sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
         scales: gradients.Scales = {}
-        with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), scales) as next_batch:
+        with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), scales, 1.0) as next_batch:
             for factor in factors:
                 network.second.weight.copy_(factor * Two().second.weight)
                 next_batch(0)
@@ -102,7 +104,7 @@ def test_gradients_of_another_package_are_scaled_as_those_of_the_first():
     assert list(scales) == [(0, 0)]
     targets = targets_of(network)[:1]
     sums = {"first": Gradients.empty(5, torch.device("cpu"))}
-    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), scales):
+    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), scales, 1.0):
         network(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(sums["first"].second_BKK, together["first"].second_BKK)
 
@@ -112,10 +114,17 @@ def test_a_call_whose_gradients_overflow_is_scaled_by_those_that_do_not():
     assert gradients._scale([torch.zeros(3)]) == 1
 
 
-def test_a_sixth_of_the_calls_and_always_the_first_are_differentiated_and_the_same_ones_again():
+@pytest.mark.parametrize(
+    ("prompts", "steps", "share"), [(100, 25, 1 / 6), (60, 20, 1 / 6), (40, 10, 0.5), (20, 10, 1), (2, 4, 1)]
+)
+def test_a_sixth_of_the_calls_is_differentiated_and_more_where_there_are_few(prompts, steps, share):
+    assert gradients.share_of(prompts, steps) == pytest.approx(share)
+
+
+def test_a_share_of_the_calls_and_always_the_first_are_differentiated_and_the_same_ones_again():
     network = Two()
     assert int(gather(network, 1, 7)["first"].tokens) == 7
-    first, again = gather(network, 400, 1), gather(network, 400, 1)
+    first, again = gather(network, 400, 1, None, 1 / 6), gather(network, 400, 1, None, 1 / 6)
     assert 45 <= int(first["first"].tokens) <= 90
     assert torch.equal(mean(first["first"]), mean(again["first"]))
 
@@ -163,7 +172,7 @@ def test_nothing_is_left_behind(breaks):
     network.second.register_forward_pre_hook(fail)
     x = torch.randn(4, 3)
     try:
-        with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), {}):
+        with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), {}, 1.0):
             (found,) = network(x)
             assert not found.requires_grad
     except Interrupted:
@@ -254,7 +263,8 @@ def test_tokens_that_are_not_finite_are_left_out_and_those_with_such_a_gradient_
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd2", "sdxl", "flux"])
-def test_they_are_gathered_with_the_inputs_of_the_same_calls_and_of_no_other(kind):
+def test_they_are_gathered_with_the_inputs_of_the_same_calls_and_of_no_other(kind, monkeypatch):
+    monkeypatch.setattr(gradients, "share_of", lambda *_: 0.5)
     loaded = tiny.load(kind)
     found = {}
     for moments in ("second", "gradients"):
@@ -264,7 +274,7 @@ def test_they_are_gathered_with_the_inputs_of_the_same_calls_and_of_no_other(kin
     for name, plain in found["second"].items():
         other = found["gradients"][name]
         assert not plain.gradients
-        assert 0 < int(other.tokens) < int(plain.tokens)
+        assert 0 < int(other.tokens) < int(plain.tokens)  # of half of the calls
         assert other.second_II is not None
         assert torch.linalg.eigvalsh(other.second_II.double()).min() > -1e-4 * other.second_II.trace()
         for layer, sums in other.gradients.items():

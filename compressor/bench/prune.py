@@ -223,7 +223,7 @@ class _Bench:
         """While it lasts, forwards add to moments by the hooks that a calibration uses.
 
         It gives these, and a forward; where gradients are gathered, one that is differentiated, as the first one of a
-        calibration is and as `gradients.SHARE` of the others are, which alone are summed.
+        calibration is and as some of the others are, which alone are summed.
         """
         counter = StepCounter(torch.tensor([self._timestep]))
         tokens = Tokens(load.share, 0)
@@ -420,14 +420,15 @@ class _Bench:
             yield Job(case.name, "no calibration", 0, 0.0, 0.0, case.median)
             return
         names = self._names[entry.where]
-        share = gradients.SHARE if entry.pruner.moments == "gradients" else 1.0
+        given = self.subject.calibration
+        gathered = gradients.share_of(given.samples, given.steps) if entry.pruner.moments == "gradients" else 1.0
         for end in ("", COMPILED) if self._blocks is not None else ("",):
             for how, place in (("1 package", "all"), (f"1 package, {100 * SHARE:g} % of the tokens", "some")):
-                yield self._job(case, how + end, names[place + end], rows, 1, share)
+                yield self._job(case, how + end, names[place + end], rows, 1, gathered)
             parts = names["packages" + end]
             if names["packages"] != names["all"]:
                 passes = entry.pruner.passes(len(parts))
-                yield self._job(case, several(len(parts), "package") + end, parts, rows, passes, share)
+                yield self._job(case, several(len(parts), "package") + end, parts, rows, passes, gathered)
 
     def _job(
         self, case: Case, how: str, parts: Sequence[str], rows: Mapping[str, ForwardRow], passes: int, share: float

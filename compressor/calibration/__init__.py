@@ -207,7 +207,7 @@ class Calibration:
         if kind in ("second", "gradients"):
             guided = sampling.guided(self._pipeline.folder, self._options.guidance)
             options = self._options
-            steps = options.steps if kind == "second" else max(1, round(gradients.SHARE * options.steps))
+            steps = options.steps if kind == "second" else max(1, round(self._differentiated() * options.steps))
             note = explain_rank(targets, self._trace, self._prompts, steps, guided, options.tokens)
             if note:
                 self.warn(note)
@@ -324,7 +324,16 @@ class Calibration:
         weigh = self._weigher(weighting)
         with (
             gathering.watch(
-                self._pipeline.module, package, kind, weigh, tokens, meter, self._blocks, self._scales, self._replay
+                self._pipeline.module,
+                package,
+                kind,
+                weigh,
+                tokens,
+                meter,
+                self._blocks,
+                self._scales,
+                self._replay,
+                self._differentiated(),
             ) as (moments, next_batch),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
@@ -335,6 +344,10 @@ class Calibration:
                 meter.settle()
                 advance(len(prompts))
         return {name: m.finish() for name, m in moments.items()}
+
+    def _differentiated(self) -> float:
+        """The share of the forwards, where gradients are asked for."""
+        return gradients.share_of(self._prompts, self._options.steps)
 
     def _weigher(self, weighting: Weighting) -> Callable[[Tensor | float], float]:
         """Tells what a forward counts, and counts forwards."""

@@ -33,6 +33,7 @@ def watch(
     blocks: Blocks | None = None,
     scales: gradients.Scales | None = None,
     replay: Replay | None = None,
+    share: float = 1.0,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """While it lasts, every forward of the network adds to moments.
 
@@ -50,6 +51,7 @@ def watch(
         blocks: of the network, if they are to run compiled; not with `gradients`.
         scales: of calls whose gradients were gathered before, for another package; others are added.
         replay: of the network, if its forwards are to be replayed where they can be.
+        share: of the forwards, to differentiate for `gradients`.
     """
     assert blocks is None or kind != "gradients", "hooks on outputs would break the blocks' graphs"
     device = next(network.parameters()).device
@@ -100,6 +102,7 @@ def watch(
                 [target for g in groups for target in g.targets],
                 lambda found, scale: coupled.add(found, scale, weight),
                 {} if scales is None else scales,
+                share,
             ) as of_gradients:
 
                 def next_batch(prompt: int) -> None:

@@ -26,6 +26,8 @@ from compressor.structure import Target
 
 SHARE = 1 / 6
 """Of the network's calls that are differentiated. A quarter left as much error, an eighth a fiftieth more."""
+LEAST = 200
+"""Steps of prompts that are differentiated, at the least, where there are as many."""
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels that are differentiated: without cuDNN's, whose backward pass failed on an H200 (torch 2.11, float16)."""
@@ -39,8 +41,15 @@ Take = Callable[[Mapping[str, Tensor], float], None]
 """Is given the gradients of one call, by the layers' names, and what their squares are to be multiplied by."""
 
 
+def share_of(prompts: int, steps: int) -> float:
+    """The share of the calls that are differentiated, where so many prompts are sampled in so many steps."""
+    return min(1.0, max(SHARE, LEAST / (prompts * steps)))
+
+
 @contextmanager
-def watch(network: nn.Module, targets: Iterable[Target], take: Take, scales: Scales) -> Iterator[Callable[[int], None]]:
+def watch(
+    network: nn.Module, targets: Iterable[Target], take: Take, scales: Scales, share: float
+) -> Iterator[Callable[[int], None]]:
     """While it lasts, some calls of the network are differentiated by what their layers give out.
 
     Only what runs after the first of the layers is recorded for it. The calls are chosen at random, but the first one,
@@ -53,6 +62,7 @@ def watch(network: nn.Module, targets: Iterable[Target], take: Take, scales: Sca
         take: is called after each of these calls.
         scales: of calls that are known, as those of another package's pass over the same prompts, which make gradients
             of both comparable; those of others are added.
+        share: of the calls.
     """
     generator = torch.Generator().manual_seed(0)
     kernels = ExitStack()
@@ -67,7 +77,7 @@ def watch(network: nn.Module, targets: Iterable[Target], take: Take, scales: Sca
     def before_network(*_: Any) -> None:
         nonlocal differentiated, call
         call += 1
-        differentiated = torch.rand((), generator=generator).item() < SHARE or (batch, call) == (0, 0)
+        differentiated = torch.rand((), generator=generator).item() < share or (batch, call) == (0, 0)
         torch.set_grad_enabled(differentiated)
         if differentiated:
             kernels.enter_context(sdpa_kernel(ATTENTION))
