@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.errors import CompressorError
 from compressor.structure.family import Family, Target, find_targets
 
-
 _ALIKE = frozenset({F.silu, F.gelu, F.layer_norm, F.group_norm})
 """Functions whose output has the shape and dtype of their first argument."""
 
