@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from compressor.onnx_files import check, graph, mend, pieces, writing
 from compressor.onnx_files.writing import Settings
 from tests import tiny
 from tests.exporters.test_onnx import MOST
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 diffusers: Any = tiny.diffusers
 transformers: Any = tiny.transformers
@@ -65,7 +68,7 @@ def linears(module: nn.Module, under: str = "") -> set[str]:
 
 
 def test_clip_with_a_projection_gives_the_projected_end_first_then_all_states(tmp_path):
-    module = tiny._clip(projected=True)
+    module = tiny.load("sd3").pipe.text_encoder
     checks, model = write(piece_of("text_encoder", text_encoder=module), tmp_path)
     tokens = ["batch", "sequence", tiny.TEXT_WIDTH]
     assert {k: v["shape"] for k, v in checks["outputs"].items()} == {
@@ -104,7 +107,7 @@ def test_t5_in_float16_keeps_its_last_projections_in_float32(tmp_path):
 
 @pytest.mark.parametrize("half", ["vae_encoder", "vae_decoder"])
 def test_a_half_of_the_autoencoder_has_its_own_layers_alone(half, tmp_path):
-    module = tiny._vae(4)
+    module = tiny.load("sd3").pipe.vae
     checks, model = write(piece_of(half, vae=module), tmp_path)
     given, found = checks["inputs"], {name: out["shape"] for name, out in checks["outputs"].items()}
     if half == "vae_encoder":
@@ -147,7 +150,7 @@ def test_bfloat16_is_written_and_onnxruntimes_cpu_provider_does_not_take_it(tmp_
     )
 
 
-@pytest.mark.parametrize("opset", [18, 21, 23, MOST])
+@pytest.mark.parametrize("opset", [18, pytest.param(21, marks=pytest.mark.slow), 23, MOST])
 def test_every_piece_is_in_the_operator_set_asked_for(opset, tmp_path):
     piece = piece_of("text_encoder", text_encoder=tiny._t5())
     file = tmp_path / "text_encoder" / "model.onnx"
@@ -155,6 +158,19 @@ def test_every_piece_is_in_the_operator_set_asked_for(opset, tmp_path):
     settings = Settings(opset=opset)
     assert writing.write(piece, settings, file)["opset"] == opset
     assert max(entry["relative_l2"] for entry in writing.prove(piece, settings, file)["numeric"]) < 2e-6
+
+
+def test_an_opset_that_torch_cannot_write_is_refused_without_chatter(tmp_path, capfd, caplog):
+    levels = {name: logging.getLogger(name).level for name in graph._CHATTER}
+    piece = piece_of("text_encoder", text_encoder=tiny._t5())
+    (tmp_path / "text_encoder").mkdir()
+    with pytest.raises(
+        CompressorError, match=r"^text_encoder/model\.onnx: opset should be 99 as asked, torch .* wrote "
+    ):
+        writing.write(piece, Settings(opset=99), tmp_path / "text_encoder" / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert {name: logging.getLogger(name).level for name in graph._CHATTER} == levels
 
 
 def test_a_model_that_cannot_be_written_is_named_with_those_that_can():
