@@ -116,8 +116,7 @@ def test_sd3_without_norms_in_float16_agrees_with_torch_in_float32(tmp_path):
 
 
 def test_flux_has_no_float64_and_ties_positions_to_latents(tmp_path):
-    pruned = networks.prune(networks.pipeline_of(networks.flux_dev()), 1, 4)
-    out = run(pruned, tmp_path, dtype="float16", height=8, width=8)
+    out = run(networks.prune(networks.pipeline_of(networks.flux_dev()), 1, 4), tmp_path, dtype="float16")
     assert list(signature(out.model)) == [*INPUTS["flux"], "out_hidden_states"]
     assert signature(out.model)["hidden_states"] == ("FLOAT16", "[batch,height_width,16]")
     assert signature(out.model)["img_ids"] == ("FLOAT", "[height_width,3]")
@@ -128,7 +127,7 @@ def test_flux_has_no_float64_and_ties_positions_to_latents(tmp_path):
 
 
 def test_the_unet_of_sd2_takes_one_time_for_all_samples(tmp_path):
-    out = run(networks.prune(networks.pipeline_of(networks.sd2())), tmp_path, height=8, width=8)
+    out = run(networks.prune(networks.pipeline_of(networks.sd2())), tmp_path)
     assert list(signature(out.model)) == [*INPUTS["sd2"], "out_sample"]
     assert signature(out.model)["timestep"] == ("FLOAT", "[]")
     assert signature(out.model)["out_sample"] == ("FLOAT", "[batch,4,height,width]")
@@ -136,8 +135,7 @@ def test_the_unet_of_sd2_takes_one_time_for_all_samples(tmp_path):
 
 
 def test_the_unet_of_sdxl_joins_times_and_text_in_float16(tmp_path):
-    pruned = networks.prune(networks.pipeline_of(networks.sdxl()))
-    out = run(pruned, tmp_path, dtype="float16", height=8, width=8)
+    out = run(networks.prune(networks.pipeline_of(networks.sdxl())), tmp_path, dtype="float16")
     assert list(signature(out.model)) == [*INPUTS["sdxl"], "out_sample"]
     assert signature(out.model)["text_embeds"] == ("FLOAT16", "[batch,40]")
     assert signature(out.model)["time_ids"] == ("FLOAT", "[batch,6]")

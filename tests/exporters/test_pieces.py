@@ -86,14 +86,15 @@ def test_clip_with_a_projection_gives_the_projected_end_first_then_all_states(tm
 
 
 def test_clip_without_a_projection_gives_the_state_at_the_end_after_the_last_states(tmp_path):
-    checks, _ = write(piece_of("text_encoder", text_encoder=tiny._clip(projected=False)), tmp_path, "float16")
+    module = tiny.load("flux").pipe.text_encoder
+    checks, _ = write(piece_of("text_encoder", text_encoder=module), tmp_path, "float16")
     assert list(checks["outputs"])[:3] == ["last_hidden_state", "pooler_output", "hidden_states.0"]
     assert checks["outputs"]["pooler_output"] == {"dtype": "float16", "shape": ["batch", tiny.TEXT_WIDTH]}
     assert 1e-5 < max(entry["relative_l2"] for entry in checks["numeric"]) < 2e-3
 
 
 def test_t5_in_float16_keeps_its_last_projections_in_float32(tmp_path):
-    module = tiny._t5()
+    module = tiny.load("flux").pipe.text_encoder_2
     checks, model = write(piece_of("text_encoder_3", text_encoder_3=module), tmp_path, "float16")
     assert checks["outputs"] == {
         "last_hidden_state": {"dtype": "float16", "shape": ["batch", "sequence", tiny.TEXT_WIDTH]}

@@ -49,9 +49,7 @@ def key(piece: Piece, network: Any, shape: Shape, dtype: torch.dtype, opset: int
     config = {word: value for word, value in config.items() if word != "_name_or_path"}
     most = _onnx_program._LARGE_MODEL_THRESHOLD
     sizes, outputs = tuple(piece.sizes), tuple(piece.outputs.items())
-    found = hashlib.sha256(
-        repr((piece.name, sizes, outputs, shape, dtype, opset, name, most, network, config)).encode()
-    )
+    found = hashlib.sha256(repr((sizes, outputs, shape, dtype, opset, name, most, network, config)).encode())
     found.update(f"{type(network).__module__}.{type(network).__qualname__}".encode())
     for label, tensor in (*network.named_parameters(), *network.named_buffers()):
         found.update(f"{label} {tensor.dtype} {tuple(tensor.shape)}".encode())
