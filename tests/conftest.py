@@ -1,4 +1,4 @@
-"""For every test: no network, and few enough threads for tiny models; for some, what is traced for ONNX."""
+"""For every test: no network, and few enough threads for tiny models; for some, what is traced but once."""
 
 import os
 
@@ -18,4 +18,14 @@ def traced_once(tmp_path_factory):
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "write", Once(shared / "traced"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def looked_at_once():
+    """From now on plans and runs look once at meta-device twins of equal shapes."""
+    from tests import looks
+
+    with pytest.MonkeyPatch.context() as patch:
+        looks.once(patch)
         yield

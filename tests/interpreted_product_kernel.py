@@ -69,7 +69,7 @@ def test_moments_are_those_that_explicit_sums_give(inputs, drawn, second):
 @pytest.mark.parametrize("stretches", [1, 2])
 def test_a_product_is_the_same_however_it_is_cut(tiling, stretches):
     inputs = 100
-    x_TI = half(300, inputs)
+    x_TI = half(130, inputs)
     found = read(x_TI, None, total=False, squares=False)
     second_II = torch.ones(inputs, inputs)
     multiply(second_II, found, 0.5, tiling=tiling, stretches=stretches)
