@@ -128,7 +128,7 @@ def test_flux_has_no_float64_and_ties_positions_to_latents(tmp_path):
 
 
 def test_the_unet_of_sd2_takes_one_time_for_all_samples(tmp_path):
-    out = run(tiny.load("sd2"), tmp_path)  # as in test_exports.py and test_tensorrt.py
+    out = run(networks.pipeline_of(tiny.load("sd2").module), tmp_path)  # as in test_exports.py and test_tensorrt.py
     assert list(signature(out.model)) == [*INPUTS["sd2"], "out_sample"]
     assert signature(out.model)["timestep"] == ("FLOAT", "[]")
     assert signature(out.model)["out_sample"] == ("FLOAT", "[batch,4,height,width]")

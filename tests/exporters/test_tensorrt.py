@@ -143,7 +143,7 @@ def test_bfloat16_is_built_and_not_compared_by_onnxruntime(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("make", "dtype", "used", "absent"),
     [
-        (lambda: tiny.load("sd2"), "float32", "Float", "Half"),
+        (lambda: networks.pipeline_of(tiny.load("sd2").module), "float32", "Float", "Half"),
         pytest.param(
             lambda: networks.pipeline_of(networks.flux_dev()), "bfloat16", "BFloat16", "Half", marks=pytest.mark.slow
         ),

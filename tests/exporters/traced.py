@@ -46,7 +46,7 @@ class Once:
 def key(piece: Piece, network: Any, shape: Shape, dtype: torch.dtype, opset: int | None, name: str) -> str:
     """A hash of all that the file depends on."""
     config = network.config if isinstance(network.config, Mapping) else network.config.to_dict()
-    config = {word: value for word, value in config.items() if word != "_name_or_path"}
+    config = {word: value for word, value in config.items() if not word.startswith("_")}  # such as where it came from
     most = _onnx_program._LARGE_MODEL_THRESHOLD
     sizes, outputs = tuple(piece.sizes), tuple(piece.outputs.items())
     found = hashlib.sha256(repr((sizes, outputs, shape, dtype, opset, name, most, network, config)).encode())
