@@ -11,13 +11,13 @@ demo: setup
 	$(BIN)/compressor run recipes/quickstart.yaml --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 format: setup
 	$(BIN)/ruff check --fix .

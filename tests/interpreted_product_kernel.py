@@ -96,7 +96,7 @@ def test_tokens_that_count_differently_are_summed_as_their_roots_say(inputs, dra
 @pytest.mark.parametrize("stretches", [1, 2])
 def test_a_product_is_the_same_however_it_is_cut(tiling, stretches):
     inputs = 100
-    x_TI = half(300, inputs)
+    x_TI = half(130, inputs)
     found = read(x_TI, None, total=False, squares=False)
     second_II = torch.ones(inputs, inputs)
     multiply(second_II, found, 0.5, tiling=tiling, stretches=stretches)
@@ -164,7 +164,7 @@ def test_gradients_are_multiplied_block_by_block(monkeypatch):
     assert (int(sums.tokens), int(sums.skipped)) == (198, 2)
     root_T = torch.linspace(0, 1, 100)
     weighted = Gradients.empty(72, CPU)
-    weighted.add(g_TO, 2.0, root_T)
+    weighted.add(g_TO, 1.0, torch.tensor(2.0, dtype=torch.float64), root_T)
     scaled_TO = (g_TO.flatten(0, 1).float() * root_T[:, None]).half()[[i for i in range(100) if i != 57]].double()
     for b, second_KK in enumerate(weighted.second_BKK):
         block_TK = scaled_TO[:, 36 * b : 36 * b + 36]

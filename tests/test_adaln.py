@@ -28,6 +28,8 @@ from tests import tiny
 from tests.test_run import recipe, weights
 from tests.two_four.test_table import made, row
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 ALL = {"include": ["attention", "feed_forward", "adaln"]}
 NETWORK = {"solver": "admm", "refit": True, "objective": "network"}
 KINDS = ("sd3", "sd35", "flux")

@@ -25,6 +25,8 @@ from compressor.structure import Component, consumers, find_groups
 from tests import tiny
 from tests.test_structured_runs import recipe
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 GIVEN: dict[str, Any] = {
     "granularity": {"structured": {"heads": 0.5, "neurons": 0.5, "multiple": 8, "keep_first": 0, "keep_last": 0}},
     "objective": "network",

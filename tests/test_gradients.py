@@ -11,7 +11,7 @@ import torch
 from compressor_obs_diff.weightings import LogDecrease
 from torch import Tensor, nn
 
-from compressor.calibration import Group, Moments, curvature, gradients
+from compressor.calibration import Group, Moments, curvature, gradients, influence
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients, blocks_of
 from compressor.calibration.timing import Meter
@@ -41,9 +41,9 @@ def targets_of(network: Two) -> list[Target]:
 
 
 def adding_to(sums: dict[str, Gradients]) -> gradients.Take:
-    def take(found: Mapping[str, Tensor], scale: float) -> None:
+    def take(found: Mapping[str, Tensor], _squares: Mapping[str, Tensor], scale: Tensor) -> None:
         for name, gradient in found.items():
-            sums[name].add(gradient, scale)
+            sums[name].add(gradient, scale.item())
 
     return take
 
@@ -110,8 +110,9 @@ def test_gradients_of_another_package_are_scaled_as_those_of_the_first():
 
 
 def test_a_call_whose_gradients_overflow_is_scaled_by_those_that_do_not():
-    assert gradients._scale([torch.tensor([2.0, torch.inf, torch.nan, 2.0])]) == pytest.approx(0.5)
-    assert gradients._scale([torch.zeros(3)]) == 1
+    g_TO = torch.tensor([[2.0, 2.0], [2.0, torch.inf], [torch.nan, 2.0], [2.0, 2.0]])
+    assert gradients._scale([g_TO], [influence.squares(g_TO)]).item() == pytest.approx(0.5)
+    assert gradients._scale([torch.zeros(3, 1)], [torch.zeros(3)]).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,8 @@ def couple(x: Tensor, given: dict[str, Tensor], scale: float, weight: float) -> 
     groups = [Group("input", targets)]
     coupled = Coupled(groups, {"input": moments}, Tokens(1.0, 0), Meter(x.device))
     coupled.keeping(groups[0])(x)
-    coupled.add(given, scale, weight)
+    squares = {name: influence.squares(gradient) for name, gradient in given.items()}
+    coupled.add(given, squares, torch.tensor(scale, dtype=torch.float64), weight)
     return moments.finish()
 
 
@@ -293,4 +295,4 @@ def test_an_input_that_is_overwritten_before_its_gradients_are_known_is_told():
     coupled.keeping(Group("input", targets))(x)
     x.add_(1)
     with pytest.raises(AssertionError, match="input: its input was overwritten before the call's end"):
-        coupled.add({"first": torch.ones(1, 4, 5)}, 1.0, 1.0)
+        coupled.add({"first": torch.ones(1, 4, 5)}, {"first": torch.ones(4)}, torch.tensor(1.0), 1.0)

@@ -11,6 +11,8 @@ from compressor.cli import main
 from compressor.plan import Plan, plan
 from compressor.plugin import Structured
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 MODELS = {
     "sd2": ("StableDiffusionPipeline", SD21, 768),
     "sdxl": ("StableDiffusionXLPipeline", SDXL, 1024),

@@ -26,6 +26,8 @@ from tests import tiny
 from tests.layer_errors import relative_error
 from tests.tiny import diffusers
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 GRANULARITIES = {
     "unstructured": {"sparsity": 0.5},
     "n_m": {"granularity": {"n_m": {"keep": 2, "of": 4}}},

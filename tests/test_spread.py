@@ -22,6 +22,8 @@ from compressor.structure import Component
 from tests import tiny
 from tests.test_run import recipe
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 GIVEN: dict[str, Any] = {"sparsity": 0.5, "spread": 0.2, "solver": "admm", "objective": "network"}
 
 

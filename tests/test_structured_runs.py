@@ -26,6 +26,8 @@ from compressor.run import run
 from compressor.structure import Component, consumers, find_groups, proof
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 HALF = {"heads": 0.5, "neurons": 0.5, "multiple": 8, "keep_first": 0, "keep_last": 0}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff, batch, greedy
+from compressor_obs_diff import OBSDiff, admm, batch, greedy, halves_kernel, product
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.removal import Problem, Stream, remove_together
@@ -249,7 +249,7 @@ def package(dtype: torch.dtype) -> tuple[Package, dict[str, Moments]]:
         ({"sparsity": 0.5, "refit": True, "block": 8}, torch.bfloat16, 2),
         ({"granularity": "n_m"}, torch.bfloat16, 1),
         ({"granularity": "n_m", "refit": True}, torch.float32, 100),
-        *([] if INTERPRETED else [({"sparsity": 0.5, "solver": "admm"}, torch.float32, 100)]),  # takes half a minute
+        ({"sparsity": 0.5, "solver": "admm"}, torch.float32, 100),
         ({"sparsity": 0.5, "solver": "admm", "refit": True}, torch.bfloat16, 2),
         ({"granularity": "n_m", "solver": "admm", "refit": True}, torch.float32, 100),
     ],
@@ -260,6 +260,10 @@ def test_a_package_is_pruned_at_once_as_group_by_group(given, dtype, most, monke
     sizes: list[int] = []
     real = batch.factorise_batch
     monkeypatch.setattr(batch, "most", lambda *_: most)
+    if INTERPRETED:  # all rounds take half a minute
+        few = tuple((exponent, 1) for exponent, _ in admm.PENALTIES)
+        monkeypatch.setattr(admm, "PENALTIES", few)
+        monkeypatch.setattr(admm, "ROUNDS", len(few))
     for at_once in (False, True):
         for name in ("pays", "possible"):
             monkeypatch.setattr(batch, name, lambda *_, answer=at_once: answer)
@@ -461,3 +465,38 @@ def test_the_kernels_of_removal_are_compiled_for_hopper(kernel, streams):
     assert found.asm["cubin"]
     assert "div.rn.f64" in found.asm["ptx"]  # not an approximation
     assert "atom" not in found.asm["ptx"]
+
+
+# ------------------------------------------------------------------------------------------------------ products' halves
+
+
+@gpu
+@kernels
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("size", [1.0, 1e-25, 4e18, 3e-45])
+def test_a_matrix_is_taken_apart_to_the_last_bit_as_in_pytorch(dim, size, monkeypatch):
+    """Rows or columns at a time, in one piece or several, wherever they lie in memory."""
+    monkeypatch.setattr(halves_kernel, "ROWS", (2, 32))
+    monkeypatch.setattr(halves_kernel, "COLUMNS", (16, 16))
+    monkeypatch.setattr(product, "worthwhile", lambda *_: True)
+    monkeypatch.setattr(product, "by_kernel", lambda *_: False)
+    x = torch.randn(2, 37, 70, generator=torch.Generator().manual_seed(0)).to(DEVICE) * size
+    x[1, 4] *= 1e6
+    before = x.clone()
+    for given in (x, x.mT, x[:, 1:, 3:]):
+        for factor, second_at in ((product.left, 1), (product.right, 2)):
+            if dim != {product.left: -1, product.right: -2}[factor]:
+                continue
+            expected = factor(given)
+            parts, scale = halves_kernel.take_apart(given, dim, second_at, product.LARGEST)
+            assert torch.equal(parts, expected.parts)
+            assert torch.equal(scale, expected.scale)
+    assert torch.equal(x, before)
+
+
+@gpu
+@kernels
+def test_a_line_of_zeros_stays_one(monkeypatch):
+    parts, scale = halves_kernel.take_apart(torch.zeros(1, 3, 40, device=DEVICE), -1, 1, product.LARGEST)
+    assert not parts.any()
+    assert scale.isfinite().all()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from compressor_obs_diff.weightings import Uniform
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.structure import find_targets
+from compressor.structure import find_targets, trace
 from tests import tiny
 
 KINDS = pytest.mark.parametrize("kind", list(tiny.KINDS))
@@ -138,3 +139,15 @@ def test_operations_are_those_of_the_real_network(kind):
         pipeline.module(**arguments)
     assert products
     assert trace.macs == macs + sum(products)
+
+
+@pytest.mark.parametrize("kind", [*tiny.KINDS, "pixart", "auraflow"])
+def test_operations_are_those_that_pytorch_counts(kind):
+    """All of them, also where the trace goes by shapes alone."""
+    pipeline = tiny.load(kind)
+    found, sizes = pipeline.folder, {"height": 8, "width": 8}
+    twin, sequence = found.twin(), found.text_tokens()
+    arguments = found.family.inputs(twin, batch=1, **sizes, sequence=sequence)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(**arguments, return_dict=False)
+    assert 2 * trace(twin, found.family, **sizes, sequence=sequence).macs == counter.get_total_flops()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from compressor.calibration import influence
+from compressor.calibration import influence, kernels
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group
 from compressor.calibration.timing import Meter
@@ -40,38 +40,33 @@ class Coupled:
 
         return keep
 
-    def add(self, gradients: Mapping[str, Tensor], scale: float, weight: float) -> None:
-        """Adds what was kept, with the gradients at the layers' outputs.
+    def add(self, gradients: Mapping[str, Tensor], squares: Mapping[str, Tensor], scale: Tensor, weight: float) -> None:
+        """Adds what was kept, with the gradients at the layers' outputs; no GPU is waited for where there are kernels.
 
         Args:
             gradients: by the layers' names.
-            scale: what squared gradients of this call are multiplied by.
+            squares: the sums of the squares of their tokens, as `influence.squares` gives them.
+            scale: what squared gradients of this call are multiplied by, float64 without dimensions.
             weight: how much the call counts by its step, for the inputs.
         """
         with self._meter.block(rare=True):
-            called = [group for group in self._groups if group.name in self._inputs]
-            found = [
-                influence.of(self._inputs[group.name][0], [gradients[target.name] for target in group.targets])
-                for group in called
-            ]
-            if not found:
-                return
-            facts = torch.cat([torch.cat([each.most_2, each.means_L]) for each in found]).tolist()  # waits once
-            for group, each in zip(called, found, strict=True):
-                most_inputs, most_gradients, *means = facts[: 2 + len(group.targets)]
-                del facts[: 2 + len(group.targets)]
+            for group in self._groups:
+                if group.name not in self._inputs:
+                    continue
                 x, version = self._inputs.pop(group.name)
                 assert x._version == version, f"{group.name}: its input was overwritten before the call's end"
+                squares_LT = torch.stack([squares[target.name] for target in group.targets])
+                found = influence.of(x, squares_LT, sum(target.outputs for target in group.targets))
                 moments = self._moments[group.name]
                 place_K, times = self._tokens.draw(x)
-                root_T = _roots(each.inputs_T, most_inputs)
-                moments.add(x, weight * scale * most_inputs, place_K, times, root_T=root_T)
-                root_T = _roots(each.gradients_T, most_gradients)
-                for target, mean in zip(group.targets, means, strict=True):
-                    factor = scale * most_gradients / mean
-                    moments.gradients[target.name].add(gradients[target.name], factor, root_T)
+                factor, live = _factor(x, scale * found.inputs * weight)
+                moments.add(x, factor, place_K, times, live, found.inputs_T)
+                for target, counts in zip(group.targets, found.gradients_L, strict=True):
+                    gradient = gradients[target.name]
+                    factor, live = _factor(gradient, scale * counts)
+                    moments.gradients[target.name].add(gradient, factor, live, found.gradients_T)
 
 
-def _roots(counts_T: Tensor, most: float) -> Tensor:
-    """Of what tokens count, relative to the most; all 1 where none counts."""
-    return (counts_T / most).sqrt() if most > 0 else torch.ones_like(counts_T)
+def _factor(x: Tensor, factor: Tensor) -> tuple[float, Tensor | None]:
+    """As a number, or left on the GPU for kernels."""
+    return (factor.item(), None) if kernels.of(x) is None else (1.0, factor)

@@ -40,7 +40,9 @@ class Gradients:
         zero = torch.zeros((), dtype=torch.int64, device=device)
         return cls(torch.zeros(blocks, width, width, device=device), zero, zero.clone())
 
-    def add(self, gradient: Tensor, weight: float = 1.0, root_T: Tensor | None = None) -> None:
+    def add(
+        self, gradient: Tensor, weight: float = 1.0, live: Tensor | None = None, root_T: Tensor | None = None
+    ) -> None:
         """Adds the tokens of one backward pass.
 
         The weight enters through the products' factor and never through g, which a half-precision dtype would round.
@@ -48,6 +50,7 @@ class Gradients:
         Args:
             gradient: ... x O, in any floating-point dtype; not changed.
             weight: how much the pass counts.
+            live: another factor, as a GPU has it, float64 without dimensions; only where there are `kernels` for it.
             root_T: the root of what each token counts, as in `Moments.add`.
         """
         width = self.second_BKK.shape[-1]
@@ -57,9 +60,10 @@ class Gradients:
             found = kernel.read(g_TO, None, total=False, squares=False, root_K=root_T)
             kernel.settle(found, kernel.Sums(self.tokens, self.skipped), 1.0)
             for block, second_KK in enumerate(self.second_BKK):
-                kernel.multiply(second_KK, found, weight, first=block * width)
+                kernel.multiply(second_KK, found, weight, live=live, first=block * width)
             self.halved = True
             return
+        assert live is None
         g_TO, good_T = finite(gradient)
         if root_T is not None:
             g_TO = times_roots(g_TO, root_T)

@@ -100,7 +100,7 @@ def watch(
             with gradients.watch(
                 network,
                 [target for g in groups for target in g.targets],
-                lambda found, scale: coupled.add(found, scale, weight),
+                lambda found, squares, scale: coupled.add(found, squares, scale, weight),
                 {} if scales is None else scales,
                 share,
             ) as of_gradients:

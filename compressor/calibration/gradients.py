@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from compressor.calibration import influence
 from compressor.structure import Target
 
 SHARE = 1 / 6
@@ -33,12 +34,14 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 """Kernels that are differentiated: without cuDNN's, whose backward pass failed on an H200 (torch 2.11, float16)."""
 
 
-Scales = dict[tuple[int, int], float]
-"""What a call's g g^T are multiplied by, by the first prompt of its batch and its number in that."""
+Scales = dict[tuple[int, int], Tensor]
+"""What a call's g g^T are multiplied by, by the first prompt of its batch and its number in that; float64 without
+dimensions, where the network is, so that no GPU is waited for."""
 
 
-Take = Callable[[Mapping[str, Tensor], float], None]
-"""Is given the gradients of one call, by the layers' names, and what their squares are to be multiplied by."""
+Take = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], None]
+"""Is given the gradients of one call, by the layers' names, the squares of their tokens, and what these are to be
+multiplied by."""
 
 
 def share_of(prompts: int, steps: int) -> float:
@@ -104,9 +107,11 @@ def watch(
             torch.zeros_like(found) if grad is None else grad
             for found, grad in zip(outputs.values(), grads, strict=True)
         ]
+        found = dict(zip(outputs, grads, strict=True))
+        squares = {name: influence.squares(grad) for name, grad in found.items()}
         if (batch, call) not in scales:
-            scales[batch, call] = _scale(grads)
-        take(dict(zip(outputs, grads, strict=True)), scales[batch, call])
+            scales[batch, call] = _scale(grads, list(squares.values()))
+        take(found, squares, scales[batch, call])
         outputs.clear()
         differentiated = False
         return (output.detach(), *result[1:]) if isinstance(result, tuple) else None
@@ -126,10 +131,7 @@ def watch(
             parameter.requires_grad_()
 
 
-def _scale(grads: Sequence[Tensor]) -> float:
-    """One over the mean square of all that is finite; 1 where all are zero."""
-    squares = torch.stack(
-        [grad.float().square().nan_to_num(nan=0, posinf=0).sum(dtype=torch.float64) for grad in grads]
-    )
-    mean = squares.sum().item() / sum(grad.numel() for grad in grads)
-    return 1 / mean if mean > 0 else 1.0
+def _scale(grads: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
+    """One over the mean square of all, of which tokens that are not finite are zeros; 1 where all are zero."""
+    total = torch.stack([squares_T.sum(dtype=torch.float64) for squares_T in squares]).sum()
+    return torch.where(total > 0, sum(grad.numel() for grad in grads) / total, 1)

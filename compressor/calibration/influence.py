@@ -11,7 +11,6 @@ Kronecker Products", 1993). Tokens that hardly matter, as those of a plain backg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,38 +26,48 @@ class Influence:
     """Of the tokens of one call, for the layers that read one input.
 
     Attributes:
-        inputs_T: what each counts in the inputs' moments, float32.
-        gradients_T: what each counts in those of the gradients: |x|^2, zero where that is not finite.
-        most_2: the largest of both, float32.
-        means_L: for each layer, what gradients count on average, each by its square: what to divide by, so that the sum
-            of their squares stays the same.
+        inputs_T: the roots of what each counts in the inputs' moments, at most 1, float32.
+        inputs: what a root of 1 counts, float64 without dimensions.
+        gradients_T: the roots of what each counts in the gradients' moments, likewise.
+        gradients_L: what a root of 1 counts for each layer, float64; so that the sum of the gradients' squares is as if
+            all tokens counted the same.
     """
 
     inputs_T: Tensor
+    inputs: Tensor
     gradients_T: Tensor
-    most_2: Tensor
-    means_L: Tensor
+    gradients_L: Tensor
 
 
-def of(x: Tensor, gradients: Sequence[Tensor]) -> Influence:
-    """Weighs the tokens of one call.
+def of(x: Tensor, squares_LT: Tensor, outputs: int) -> Influence:
+    """Weighs the tokens of one call, without waiting for a GPU.
 
     Args:
         x: the input, ... x I.
-        gradients: at the outputs of the layers that read it, ... x O each.
+        squares_LT: of the gradients at the outputs of the layers that read it, as `squares` gives them.
+        outputs: of all these layers.
     """
-    squares_LT = torch.stack([_squares(gradient) for gradient in gradients])
-    inputs_T = squares_LT.sum(0) / sum(gradient.shape[-1] for gradient in gradients)
+    inputs_T = squares_LT.sum(0) / outputs
     mean = inputs_T.mean()
     # where the network's output does not depend on any of them, all tokens count the same
     inputs_T = torch.where(mean > 0, (1 - EVEN) * inputs_T + EVEN * mean, 1)
-    gradients_T = _squares(x)
+    gradients_T = squares(x)
     means_L = (squares_LT @ gradients_T) / squares_LT.sum(1)
     means_L = torch.where(means_L > 0, means_L, 1)  # of gradients, or inputs, that are all zero
-    return Influence(inputs_T, gradients_T, torch.stack([inputs_T.amax(), gradients_T.amax()]), means_L)
+    most_inputs, most_gradients = inputs_T.amax(), gradients_T.amax()
+    return Influence(
+        _roots(inputs_T, most_inputs),
+        most_inputs.double(),
+        _roots(gradients_T, most_gradients),
+        most_gradients.double() / means_L.double(),
+    )
 
 
-def _squares(x: Tensor) -> Tensor:
-    """The sum of each token's squares; zero where it is not finite."""
+def _roots(counts_T: Tensor, most: Tensor) -> Tensor:
+    return torch.where(most > 0, counts_T / most, 1).sqrt()
+
+
+def squares(x: Tensor) -> Tensor:
+    """The sum of the squares of each token of ... x I, float32; zero where it is not finite."""
     norm_T = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=1, dtype=torch.float32)
     return norm_T.square().nan_to_num(nan=0, posinf=0)

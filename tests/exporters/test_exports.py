@@ -26,6 +26,7 @@ from compressor.errors import CompressorError
 from compressor.onnx_files import check, runtime
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 SHRINK = {"granularity": {"structured": {"heads": 0.5, "neurons": 0.5, "multiple": 1, "keep_first": 0, "keep_last": 0}}}
 DRAW = ("--prompt", "a red dog", "--prompt", "a cat", "--steps", "3", "--height", "16", "--width", "16")
 DRAWN = 90.0
@@ -475,9 +476,12 @@ def test_an_export_is_found_in_a_result_and_by_itself(result):
     assert list(exported.find(result, "tensorrt")) == []
 
 
+UNET = {"onnx": {"components": ["unet"]}}
+
+
 def test_a_pipeline_that_is_not_pruned_is_exported_and_drawn_with(tmp_path):
     source = tiny.folder("sd2")
-    data = {"model": str(source), "prune": [], "export": ["onnx"], "output": str(tmp_path / "out")}
+    data = {"model": str(source), "prune": [], "export": [UNET], "output": str(tmp_path / "out")}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
     planned = call("plan", tmp_path / "r.yaml")
     assert planned.exit_code == 0

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from compressor.onnx_files import check, graph, mend, pieces, writing
 from compressor.onnx_files.writing import Settings
 from tests import tiny
 from tests.exporters.test_onnx import MOST
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 diffusers: Any = tiny.diffusers
 transformers: Any = tiny.transformers
@@ -65,7 +68,7 @@ def linears(module: nn.Module, under: str = "") -> set[str]:
 
 
 def test_clip_with_a_projection_gives_the_projected_end_first_then_all_states(tmp_path):
-    module = tiny._clip(projected=True)
+    module = tiny.load("sd3").pipe.text_encoder
     checks, model = write(piece_of("text_encoder", text_encoder=module), tmp_path)
     tokens = ["batch", "sequence", tiny.TEXT_WIDTH]
     assert {k: v["shape"] for k, v in checks["outputs"].items()} == {
@@ -83,14 +86,15 @@ def test_clip_with_a_projection_gives_the_projected_end_first_then_all_states(tm
 
 
 def test_clip_without_a_projection_gives_the_state_at_the_end_after_the_last_states(tmp_path):
-    checks, _ = write(piece_of("text_encoder", text_encoder=tiny._clip(projected=False)), tmp_path, "float16")
+    module = tiny.load("flux").pipe.text_encoder
+    checks, _ = write(piece_of("text_encoder", text_encoder=module), tmp_path, "float16")
     assert list(checks["outputs"])[:3] == ["last_hidden_state", "pooler_output", "hidden_states.0"]
     assert checks["outputs"]["pooler_output"] == {"dtype": "float16", "shape": ["batch", tiny.TEXT_WIDTH]}
     assert 1e-5 < max(entry["relative_l2"] for entry in checks["numeric"]) < 2e-3
 
 
 def test_t5_in_float16_keeps_its_last_projections_in_float32(tmp_path):
-    module = tiny._t5()
+    module = tiny.load("flux").pipe.text_encoder_2
     checks, model = write(piece_of("text_encoder_3", text_encoder_3=module), tmp_path, "float16")
     assert checks["outputs"] == {
         "last_hidden_state": {"dtype": "float16", "shape": ["batch", "sequence", tiny.TEXT_WIDTH]}
@@ -104,7 +108,7 @@ def test_t5_in_float16_keeps_its_last_projections_in_float32(tmp_path):
 
 @pytest.mark.parametrize("half", ["vae_encoder", "vae_decoder"])
 def test_a_half_of_the_autoencoder_has_its_own_layers_alone(half, tmp_path):
-    module = tiny._vae(4)
+    module = tiny.load("sd3").pipe.vae
     checks, model = write(piece_of(half, vae=module), tmp_path)
     given, found = checks["inputs"], {name: out["shape"] for name, out in checks["outputs"].items()}
     if half == "vae_encoder":
@@ -147,7 +151,7 @@ def test_bfloat16_is_written_and_onnxruntimes_cpu_provider_does_not_take_it(tmp_
     )
 
 
-@pytest.mark.parametrize("opset", [18, 21, 23, MOST])
+@pytest.mark.parametrize("opset", [18, *(pytest.param(opset, marks=pytest.mark.slow) for opset in (21, 23)), MOST])
 def test_every_piece_is_in_the_operator_set_asked_for(opset, tmp_path):
     piece = piece_of("text_encoder", text_encoder=tiny._t5())
     file = tmp_path / "text_encoder" / "model.onnx"
@@ -155,6 +159,19 @@ def test_every_piece_is_in_the_operator_set_asked_for(opset, tmp_path):
     settings = Settings(opset=opset)
     assert writing.write(piece, settings, file)["opset"] == opset
     assert max(entry["relative_l2"] for entry in writing.prove(piece, settings, file)["numeric"]) < 2e-6
+
+
+def test_an_opset_that_torch_cannot_write_is_refused_without_chatter(tmp_path, capfd, caplog):
+    levels = {name: logging.getLogger(name).level for name in graph._CHATTER}
+    piece = piece_of("text_encoder", text_encoder=tiny._t5())
+    (tmp_path / "text_encoder").mkdir()
+    with pytest.raises(
+        CompressorError, match=r"^text_encoder/model\.onnx: opset should be 99 as asked, torch .* wrote "
+    ):
+        writing.write(piece, Settings(opset=99), tmp_path / "text_encoder" / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert {name: logging.getLogger(name).level for name in graph._CHATTER} == levels
 
 
 def test_a_model_that_cannot_be_written_is_named_with_those_that_can():
