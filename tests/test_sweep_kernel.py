@@ -467,7 +467,7 @@ def test_the_kernels_of_removal_are_compiled_for_hopper(kernel, streams):
     assert "atom" not in found.asm["ptx"]
 
 
-# ------------------------------------------------------------------------------------------------------ products' halves
+# ----------------------------------------------------------------------------------------------------- products, halves
 
 
 @gpu
