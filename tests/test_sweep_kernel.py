@@ -490,6 +490,7 @@ def test_a_matrix_is_taken_apart_to_the_last_bit_as_in_pytorch(dim, size, monkey
             expected = factor(given)
             parts, scale = halves_kernel.take_apart(given, dim, second_at, product.LARGEST)
             assert torch.equal(parts, expected.parts)
+            assert expected.scale is not None
             assert torch.equal(scale, expected.scale)
     assert torch.equal(x, before)
 
