@@ -238,7 +238,7 @@ def _plan_entry(
         forwards = entry.pruner.passes(len(packages)) * given.steps * math.ceil(texts / given.batch)
         if entry.pruner.moments in ("second", "gradients"):
             guided = sampling.guided(folder, given.guidance)
-            note = explain_rank(targets, seen, texts, given.steps, guided, given.tokens)
+            note = explain_rank(targets, seen, entry.pruner.moments, texts, given.steps, guided, given.tokens)
             notes += [note] if note else []
     groups = tuple(
         PlannedGroup(

@@ -31,7 +31,8 @@ class LayerResult:
 
     Attributes:
         name: the layer's dotted name in the component.
-        error: ||W X - W' X||^2 / ||W X||^2 over the calibration tokens, or None where none were gathered.
+        error: ||W X - W' X||^2 / ||W X||^2 over the calibration tokens, as these count in the moments, or None where
+            none were gathered.
         damping: what was added to the diagonal of the Hessian, relative to its mean; None without one.
         seconds: time spent on this layer.
         notes: what a user should know about this layer, one sentence each.
@@ -67,8 +68,8 @@ class Pruner(Options, ABC):
 
     @property
     def moments(self) -> MomentKind:
-        """What this pruner asks of the calibration: nothing, per-input sums and norms, the full second moment, or that
-        and the second moments of the gradients at the layers' outputs.
+        """What this pruner asks of the calibration: nothing, per-input sums and norms, the full second moment, or
+        second moments of the inputs and of the gradients at the layers' outputs, in which tokens count differently.
         """
         return "none"
 

@@ -141,13 +141,13 @@ def test_the_rank_warning_counts_one_vector_a_prompt_and_step_and_the_empty_prom
     loaded = tiny.load("sd3")
     trace, targets = tiny.traced(loaded), adaln_of(loaded)
     assert {target.inputs for target in targets} == {16}
-    assert explain_rank(targets, trace, 3, 4, True) is None  # (3 + 1) x 4
-    assert explain_rank(targets, trace, 2, 4, True) == (
+    assert explain_rank(targets, trace, "second", 3, 4, True) is None  # (3 + 1) x 4
+    assert explain_rank(targets, trace, "second", 2, 4, True) == (
         "5 of 5 layers see fewer distinct tokens than they have inputs, so that damping decides: "
         "transformer_blocks.0.norm1.linear sees 12 for 16 inputs; about 3 prompts would do"
     )
-    assert explain_rank(targets, trace, 4, 4, False) is None
-    assert explain_rank(targets, trace, 4, 4, False, 0.25) is None  # a share of one token is that token
+    assert explain_rank(targets, trace, "second", 4, 4, False) is None
+    assert explain_rank(targets, trace, "second", 4, 4, False, 0.25) is None  # a share of one token is that token
 
 
 def test_a_spread_gives_adaln_a_share_of_its_own_and_the_same_sum(tmp_path):

@@ -576,19 +576,19 @@ def test_too_few_tokens_for_full_rank_are_told_in_figures():
     trace = tiny.traced(pipeline)
     # the image has 64 tokens in the blocks at full size and 16 inside; 3 prompts x guided x 2 steps are 12 samples of
     # each. The prompt's 16 tokens are the same at every step: 3 prompts and the empty one.
-    assert explain_rank(pipeline.targets, trace, 3, 2, True) is None
+    assert explain_rank(pipeline.targets, trace, "second", 3, 2, True) is None
     # one prompt, one step, unguided: 16 tokens for 32 inputs of the 8 keys and values; 16 tokens in the middle block,
     # of 16 inputs but for the feed-forward's output, of 64; 64 at full size, of at most 32
     inner = [t for t in pipeline.targets if t.block.startswith("mid_block")]
     assert {trace.tokens[t.name] for t in inner if t.layer.stream == "image"} == {16}
-    note = explain_rank(pipeline.targets, trace, 1, 1, False)
+    note = explain_rank(pipeline.targets, trace, "second", 1, 1, False)
     assert note == (
         "9 of 40 layers see fewer distinct tokens than they have inputs, so that damping decides: "
         "mid_block.attentions.0.transformer_blocks.0.ff.net.2 sees 16 for 64 inputs; about 5 prompts would do"
     )
     # guided over 10 steps the images suffice, but there are only 2 x 16 tokens of text for any one prompt
-    assert explain_rank(pipeline.targets, trace, 1, 10, True) is None
-    assert explain_rank(pipeline.targets, trace, 1, 10, False) == (
+    assert explain_rank(pipeline.targets, trace, "second", 1, 10, True) is None
+    assert explain_rank(pipeline.targets, trace, "second", 1, 10, False) == (
         "8 of 40 layers see fewer distinct tokens than they have inputs, so that damping decides: "
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k sees 16 for 32 inputs; about 3 prompts would do"
     )

@@ -96,8 +96,8 @@ def test_a_calibration_sums_the_share_and_weighs_it_as_all(kind: MomentKind):
 def test_the_warning_of_too_few_tokens_counts_those_drawn():
     pipeline = tiny.load("sd3")
     trace = tiny.calibrate(pipeline, packages=1)._trace
-    assert explain_rank(pipeline.targets, trace, 100, 25, True) is None
-    note = explain_rank(pipeline.targets, trace, 2, 1, False, share=0.01)
+    assert explain_rank(pipeline.targets, trace, "second", 100, 25, True) is None
+    note = explain_rank(pipeline.targets, trace, "second", 2, 1, False, share=0.01)
     assert note is not None
     assert " sees 2 for " in note
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,8 @@ class Facts:
         batch: prompts at a time, after any halving.
         packages: passes made.
         seconds: time spent sampling, moments included.
-        moment_seconds: time spent adding to the moments of the inputs; on a GPU that of one forward in eight, for all.
+        moment_seconds: time spent adding to moments; on a GPU that of one forward in eight, for all, but with gradients
+            that of each.
         moment_bytes: the most that the moments of one pass took.
         warnings: what a user should know.
     """
@@ -207,8 +209,7 @@ class Calibration:
         if kind in ("second", "gradients"):
             guided = sampling.guided(self._pipeline.folder, self._options.guidance)
             options = self._options
-            steps = options.steps if kind == "second" else max(1, round(self._differentiated() * options.steps))
-            note = explain_rank(targets, self._trace, self._prompts, steps, guided, options.tokens)
+            note = explain_rank(targets, self._trace, kind, self._prompts, options.steps, guided, options.tokens)
             if note:
                 self.warn(note)
         if deal_out and self._ranks.count > 1:
@@ -400,7 +401,13 @@ class Calibration:
 
 
 def explain_rank(
-    targets: Sequence[Target], trace: Trace, prompts: int, steps: int, guided: bool, share: float = 1.0
+    targets: Sequence[Target],
+    trace: Trace,
+    kind: MomentKind,
+    prompts: int,
+    steps: int,
+    guided: bool,
+    share: float = 1.0,
 ) -> str | None:
     """A warning if some layers see fewer distinct tokens than they have inputs, or None.
 
@@ -411,26 +418,29 @@ def explain_rank(
     Args:
         targets: the layers.
         trace: tells the tokens of each.
+        kind: which moments are collected; with `gradients`, inputs are summed in some of the calls only.
         prompts: how many are sampled.
-        steps: inference steps whose inputs are summed.
+        steps: inference steps.
         guided: whether every prompt is joined by the empty one, which is the same for all of them.
         share: of the tokens that are summed in a forward.
     """
     copies = 2 if guided else 1
-    short: list[tuple[float, Target, int]] = []
-    for target in targets:
+
+    def tokens_of(target: Target, prompts: int) -> float:
+        called = steps * (gradients.share_of(prompts, steps) if kind == "gradients" else 1)
         constant = target.name in trace.constant
         alone = constant or target.layer.part == "adaln"  # of the noise, so that all empty prompts give the same
         texts = prompts + copies - 1 if alone else prompts * copies
-        drawn = max(1, round(share * trace.tokens[target.name]))
-        tokens = texts * (min(drawn * steps, trace.tokens[target.name]) if constant else drawn * steps)
-        if tokens < target.inputs:
-            short.append((target.inputs / tokens, target, tokens))
+        drawn = max(1, round(share * trace.tokens[target.name])) * called
+        return texts * (min(drawn, trace.tokens[target.name]) if constant else drawn)
+
+    short = [target for target in targets if tokens_of(target, prompts) < target.inputs]
     if not short:
         return None
-    factor, worst, tokens = max(short, key=lambda item: item[0])
+    worst = min(short, key=lambda target: tokens_of(target, prompts) / target.inputs)
+    enough = next(count for count in itertools.count(prompts + 1) if tokens_of(worst, count) >= worst.inputs)
     return (
         f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping "
-        f"decides: {worst.name} sees {tokens} for {worst.inputs} inputs; about "
-        f"{int(prompts * factor) + 1} prompts would do"
+        f"decides: {worst.name} sees {round(tokens_of(worst, prompts))} for {worst.inputs} inputs; about "
+        f"{enough} prompts would do"
     )

@@ -12,6 +12,7 @@ from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group
 from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
+from compressor.errors import CompressorError
 
 
 class Coupled:
@@ -48,20 +49,28 @@ class Coupled:
             squares: the sums of the squares of their tokens, as `influence.squares` gives them.
             scale: what squared gradients of this call are multiplied by, float64 without dimensions.
             weight: how much the call counts by its step, for the inputs.
+
+        Raises:
+            CompressorError: if an input is not what it was.
         """
         with self._meter.block(rare=True):
             for group in self._groups:
                 if group.name not in self._inputs:
                     continue
                 x, version = self._inputs.pop(group.name)
-                assert x._version == version, f"{group.name}: its input was overwritten before the call's end"
-                squares_LT = torch.stack([squares[target.name] for target in group.targets])
-                found = influence.of(x, squares_LT, sum(target.outputs for target in group.targets))
+                if x._version != version:
+                    raise CompressorError(
+                        f"{group.name}: the network writes over the layer's input before its call has ended, so that "
+                        "gradients cannot weigh it; a pruner that asks for no gradients would do"
+                    )
+                targets = [target for target in group.targets if target.name in squares]
+                squares_LT = torch.stack([squares[target.name] for target in targets])
+                found = influence.of(x, squares_LT, sum(target.outputs for target in targets))
                 moments = self._moments[group.name]
                 place_K, times = self._tokens.draw(x)
                 factor, live = _factor(x, scale * found.inputs * weight)
                 moments.add(x, factor, place_K, times, live, found.inputs_T)
-                for target, counts in zip(group.targets, found.gradients_L, strict=True):
+                for target, counts in zip(targets, found.gradients_L, strict=True):
                     gradient = gradients[target.name]
                     factor, live = _factor(gradient, scale * counts)
                     moments.gradients[target.name].add(gradient, factor, live, found.gradients_T)

@@ -35,7 +35,7 @@ def watch(
     replay: Replay | None = None,
     share: float = 1.0,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
-    """While it lasts, every forward of the network adds to moments.
+    """While it lasts, forwards of the network add to moments.
 
     It gives these, by the name of the group, and what is to be called before every batch with the number of its first
     prompt, which decides what is drawn.
@@ -47,7 +47,7 @@ def watch(
             differentiated are summed.
         weigh: how much a forward counts, by its timestep; called once at the beginning of each.
         tokens: draws those that are summed.
-        meter: gets the time that adding to the moments of the inputs takes.
+        meter: gets the time that adding to moments takes.
         blocks: of the network, if they are to run compiled; not with `gradients`.
         scales: of calls whose gradients were gathered before, for another package; others are added.
         replay: of the network, if its forwards are to be replayed where they can be.

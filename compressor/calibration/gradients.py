@@ -99,7 +99,10 @@ def watch(
         if not differentiated:
             return None
         output = result[0]
-        noise = torch.randn(output.shape, generator=generator).to(output)
+        noise = torch.randn(output.shape, generator=generator)
+        if output.is_cuda:
+            noise = noise.pin_memory()  # from where it is copied without waiting for the GPU
+        noise = noise.to(output, non_blocking=True)
         grads = torch.autograd.grad(output, list(outputs.values()), noise, allow_unused=True)
         torch.set_grad_enabled(False)
         kernels.close()
@@ -111,8 +114,8 @@ def watch(
         squares = {name: influence.squares(grad) for name, grad in found.items()}
         if (batch, call) not in scales:
             scales[batch, call] = _scale(grads, list(squares.values()))
-        take(found, squares, scales[batch, call])
         outputs.clear()
+        take(found, squares, scales[batch, call])
         differentiated = False
         return (output.detach(), *result[1:]) if isinstance(result, tuple) else None
 

@@ -5,6 +5,9 @@ An error D x of a token's output moves the network's output by J D x: the square
 is told best if each has in it what the other leaves out: the inputs' weighted by |g|^2, the gradients' by |x|^2. That
 is one step from the identity towards the nearest Kronecker product (Van Loan and Pitsianis, "Approximation with
 Kronecker Products", 1993). Tokens that hardly matter, as those of a plain background, then hardly count.
+
+The product's size is another matter: with H a sum in which tokens count |g|^2, and G one over all tokens whose trace is
+that of plain sums, tr G D (H / weight) D^T is in units of the network's error, in which layers compare.
 """
 
 # Shapes: T tokens, I inputs, O outputs.
@@ -26,9 +29,9 @@ class Influence:
     """Of the tokens of one call, for the layers that read one input.
 
     Attributes:
-        inputs_T: the roots of what each counts in the inputs' moments, at most 1, float32.
+        inputs_T: the roots of what each counts in the inputs' moments, float32, at most 1: inputs may be large.
         inputs: what a root of 1 counts, float64 without dimensions.
-        gradients_T: the roots of what each counts in the gradients' moments, likewise.
+        gradients_T: the roots of what each counts in the gradients' moments, 1 on average: gradients may be small.
         gradients_L: what a root of 1 counts for each layer, float64; so that the sum of the gradients' squares is as if
             all tokens counted the same.
     """
@@ -54,17 +57,14 @@ def of(x: Tensor, squares_LT: Tensor, outputs: int) -> Influence:
     gradients_T = squares(x)
     means_L = (squares_LT @ gradients_T) / squares_LT.sum(1)
     means_L = torch.where(means_L > 0, means_L, 1)  # of gradients, or inputs, that are all zero
-    most_inputs, most_gradients = inputs_T.amax(), gradients_T.amax()
+    most, average = inputs_T.amax(), gradients_T.mean()
     return Influence(
-        _roots(inputs_T, most_inputs),
-        most_inputs.double(),
-        _roots(gradients_T, most_gradients),
-        most_gradients.double() / means_L.double(),
+        _roots(inputs_T, most), most.double(), _roots(gradients_T, average), average.double() / means_L.double()
     )
 
 
-def _roots(counts_T: Tensor, most: Tensor) -> Tensor:
-    return torch.where(most > 0, counts_T / most, 1).sqrt()
+def _roots(counts_T: Tensor, unit: Tensor) -> Tensor:
+    return torch.where(unit > 0, counts_T / unit, 1).sqrt()
 
 
 def squares(x: Tensor) -> Tensor:

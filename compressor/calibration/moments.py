@@ -79,7 +79,7 @@ class Moments:
             each: how many tokens each of them stands for.
             live: the weight as a GPU has it, float64 without dimensions, which an addition that is recorded in a CUDA
                 graph reads whenever it is replayed.
-            root_T: the root of what each token counts, float32, at most 1; all count the same if None.
+            root_T: the root of what each token counts, float32; all count 1 if None. Times x it is to fit x's dtype.
 
         Raises:
             Unrecordable: if it is being recorded and there are no `kernels` for x.

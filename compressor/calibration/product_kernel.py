@@ -111,7 +111,7 @@ def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool, root_
         place_K: the rows to take, int64; all if None.
         total: whether to sum the tokens.
         squares: whether to sum their squares, with `total` only.
-        root_K: the root of what each token counts, float32, at most 1; each counts 1 if None.
+        root_K: the root of what each token counts, float32; each counts 1 if None.
     """
     assert total or not squares
     x_TI = x_TI if x_TI.stride(1) == 1 and x_TI.stride(0) >= x_TI.shape[1] else x_TI.contiguous()

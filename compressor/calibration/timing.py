@@ -21,7 +21,8 @@ class Meter:
     On the CPU by the clock. On a GPU between two events on the stream, so that nothing is waited for until `settle` is
     called, where the GPU has been waited for anyway; if it ran dry inside a block, that counts too. There the first
     forward is timed, in which kernels are compiled, and one in `EVERY` of the others, each of which stands for as many.
-    Of forwards that are replayed, the last before `settle` stands for all since the one before.
+    Of forwards that are replayed, the last before `settle` stands for all since the one before. Blocks that are rare
+    are timed each.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +52,7 @@ class Meter:
             rare: it is one of few, which are all timed, and stands for no other.
         """
         if self._device.type != "cuda":
-            return self._clocked()
+            return self._clocked(1 if rare else self._forward)
         if rare or self._recording is not None or self._forward <= 1 or self._forward % EVERY == 2:
             return self._between_events(1 if rare else self._forward)
         return _NOTHING
@@ -85,10 +86,10 @@ class Meter:
             self._repeated.clear()
 
     @contextmanager
-    def _clocked(self) -> Iterator[None]:
+    def _clocked(self, forward: int) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._add(self._forward, time.perf_counter() - start)
+        self._add(forward, time.perf_counter() - start)
 
     @contextmanager
     def _between_events(self, forward: int) -> Iterator[None]:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.errors import CompressorError
 from compressor.structure.family import Family, Target, find_targets
 
-_ALIKE = frozenset({F.silu, F.gelu, F.layer_norm, F.group_norm})
-"""Functions whose output has the shape and dtype of their first argument."""
+_ALIKE = frozenset({F.silu, F.gelu})
+"""Functions whose output has the shape, strides and dtype of their first argument."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ class _ByShapes(TorchFunctionMode):
         given = kwargs or {}
         if func in _ALIKE and args and not given.get("inplace"):
             return torch.empty_like(args[0])
+        if func is F.layer_norm and len(args) > 1 and tuple(args[1]) == args[0].shape[-len(args[1]) :]:
+            return args[0].new_empty(args[0].shape)
+        if func is F.group_norm and len(args) > 1 and args[0].dim() > 1 and args[0].shape[1] % args[1] == 0:
+            return args[0].new_empty(args[0].shape)
         if func is F.linear and len(args) > 1 and args[0].shape[-1] == args[1].shape[1]:
             x, weight = args[:2]
             self.macs += x.numel() * len(weight)

@@ -167,8 +167,9 @@ def streams_of(
     """
     metrics: list[Tensor | None] = [None] * len(readers)
     if options.objective == "network":
-        gradients = [moments[inputs[target.name]].gradients[target.name] for target in readers]
-        metrics = [slopes_of(found) for found in gradients]
+        read = [moments[inputs[target.name]] for target in readers]
+        gradients = [found.gradients[target.name] for found, target in zip(read, readers, strict=True)]
+        metrics = [slopes_of(found, each.weight) for found, each in zip(gradients, read, strict=True)]
         if any(metric_BKK is not None for metric_BKK in metrics):  # then an output that counts nothing costs nothing
             metrics = [
                 torch.zeros_like(found.second_BKK) if metric_BKK is None else metric_BKK

@@ -47,12 +47,17 @@ def metric_of(gradients: Gradients) -> Tensor | None:
     return metric_NBKK[0] if known_NL.item() else None
 
 
-def slopes_of(gradients: Gradients) -> Tensor | None:
-    """The same for one token (B x K x K), in units of the network's output, which layers have in common."""
+def slopes_of(gradients: Gradients, weight: Tensor) -> Tensor | None:
+    """The same in units of the network's output, which layers have in common, for the second moment of their inputs.
+
+    Args:
+        gradients: summed over all tokens.
+        weight: what the tokens count together in the inputs' second moment, which has its layer's gradients in it.
+    """
     metric_BKK = metric_of(gradients)
     if metric_BKK is None:
         return None
-    return metric_BKK * (gradients.second_BKK.diagonal(dim1=1, dim2=2).mean() / gradients.tokens)
+    return metric_BKK * (gradients.second_BKK.diagonal(dim1=1, dim2=2).mean() / weight)
 
 
 def diagonal(metric_BKK: Tensor) -> Tensor:

@@ -69,15 +69,15 @@ def parts(options: OBSDiff, package: Package, moments: dict[str, Moments]) -> li
     found = []
     for group in package.groups:
         gathered = moments[group.name]
-        tokens = gathered.tokens.item() / gathered.weight.item()  # H sums over tokens by their weights
+        weight = gathered.weight.item()
         for target, problem, _ in problems_of(options, group, gathered):
             gradients = gathered.gradients[target.name]
-            slope_O = diagonal(gradients.second_BKK) / gradients.tokens.clamp(min=1)
+            slope_O = diagonal(gradients.second_BKK) / weight  # H sums over tokens by what they count, G over all
             inverse_I = problem.factor.upper_II.square().sum(0)
             weight_OI = target.module.weight.detach().float()
             cost_OI = slope_O[:, None] * weight_OI.square() / inverse_I
             zeros = options.zeros(target)
-            cheapest = cost_OI.flatten().sort().values[:zeros].sum(dtype=torch.float64).item() * tokens
+            cheapest = cost_OI.flatten().sort().values[:zeros].sum(dtype=torch.float64).item()
             found.append(Part(target.name, cheapest, weight_OI.numel(), zeros, *options.bounds(target)))
     return found
 
