@@ -136,7 +136,7 @@ def least(reader: Any, moments: Any, gone: torch.Tensor) -> float:
         second_II = second_II - moments.weight * torch.outer(mean_I, mean_I)
     second_II = second_II + 0.01 * second_II.diagonal().mean() * torch.eye(len(second_II))
     gradients = moments.gradients[reader.name]
-    (slopes_OO,) = gradients.second_BKK.double() / gradients.tokens
+    (slopes_OO,) = gradients.second_BKK.double() / moments.weight
     slopes_OO = slopes_OO + 0.3 * slopes_OO.diagonal().mean() * torch.eye(len(slopes_OO))
     stays = torch.ones(linear.in_features, dtype=torch.bool)
     stays[gone] = False

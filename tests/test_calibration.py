@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from itertools import pairwise
 
@@ -571,6 +572,19 @@ def test_later_packages_see_the_network_as_pruned_so_far(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- rank of moments
 
 
+def test_with_gradients_the_inputs_of_a_share_of_the_steps_are_counted_and_enough_prompts_are_enough():
+    pipeline = tiny.load("sd2")
+    trace = tiny.traced(pipeline)
+    wide = [dataclasses.replace(t, module=nn.Linear(6144, 8)) for t in pipeline.targets if trace.tokens[t.name] == 16]
+    wide = [target for target in wide if target.name not in trace.constant][:1]
+    assert explain_rank(wide, trace, "second", 20, 20, False) is None  # 20 x 20 x 16 = 6400
+    note = explain_rank(wide, trace, "gradients", 40, 20, False)  # 200 steps of prompts, of 800
+    assert note is not None
+    assert "sees 3200 for 6144 inputs; about 116 prompts would do" in note  # a sixth of 116 x 20, x 16, is 6187
+    assert explain_rank(wide, trace, "gradients", 116, 20, False) is None
+    assert "about 116 prompts" in str(explain_rank(wide, trace, "gradients", 115, 20, False))
+
+
 def test_too_few_tokens_for_full_rank_are_told_in_figures():
     pipeline = tiny.load("sd2")
     trace = tiny.traced(pipeline)
@@ -584,13 +598,13 @@ def test_too_few_tokens_for_full_rank_are_told_in_figures():
     note = explain_rank(pipeline.targets, trace, "second", 1, 1, False)
     assert note == (
         "9 of 40 layers see fewer distinct tokens than they have inputs, so that damping decides: "
-        "mid_block.attentions.0.transformer_blocks.0.ff.net.2 sees 16 for 64 inputs; about 5 prompts would do"
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2 sees 16 for 64 inputs; about 4 prompts would do"
     )
     # guided over 10 steps the images suffice, but there are only 2 x 16 tokens of text for any one prompt
     assert explain_rank(pipeline.targets, trace, "second", 1, 10, True) is None
     assert explain_rank(pipeline.targets, trace, "second", 1, 10, False) == (
         "8 of 40 layers see fewer distinct tokens than they have inputs, so that damping decides: "
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k sees 16 for 32 inputs; about 3 prompts would do"
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k sees 16 for 32 inputs; about 2 prompts would do"
     )
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from compressor_obs_diff import OBSDiff
+from compressor_obs_diff.groups import streams_of
+from compressor_obs_diff.spread import parts
 from compressor_obs_diff.weightings import LogDecrease
 from torch import Tensor, nn
 
-from compressor.calibration import Group, Moments, curvature, gradients, influence
+from compressor.calibration import Group, Moments, Package, curvature, gathering, gradients, influence
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients, blocks_of
 from compressor.calibration.timing import Meter
@@ -234,7 +237,7 @@ def test_tokens_count_by_their_gradients_among_inputs_and_by_their_inputs_among_
     assert moments.weight.item() == pytest.approx(1.5 * mean)
     assert (int(moments.tokens), int(moments.skipped)) == (40, 0)
     for (name, sums), expected_OO in zip(moments.gradients.items(), of_gradients, strict=True):
-        torch.testing.assert_close(sums.second_BKK[0], (0.5 * expected_OO).float())
+        torch.testing.assert_close(sums.second_BKK[0], (0.5 * expected_OO).float(), rtol=1e-4, atol=1e-3)
         squares = sums.second_BKK.diagonal(dim1=1, dim2=2).sum().item()
         assert squares == pytest.approx(0.5 * given[name].square().sum().item(), rel=1e-5)  # as without weights
 
@@ -301,3 +304,51 @@ def test_an_input_that_is_overwritten_before_its_gradients_are_known_is_told():
         "weigh it; a pruner that asks for no gradients would do",
     ):
         coupled.add({"first": torch.ones(1, 4, 5)}, {"first": torch.ones(4)}, torch.tensor(1.0), 1.0)
+
+
+class Sides(nn.Module):
+    """Two linears with equal weights on inputs of their own, of which the second matters ten times as much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 6, bias=False), nn.Linear(8, 6, bias=False)
+        self.second.load_state_dict(self.first.state_dict())
+
+    def forward(self, x: Tensor, y: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        del timestep
+        return (self.first(x) + 10 * self.second(y),)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_harms_of_two_layers_compare_as_the_errors_of_the_networks_output_that_they_cause(share):
+    network = Sides()
+    known = tiny.load("sd3").targets[0]
+    targets = [
+        dataclasses.replace(known, name=name, module=module)
+        for name, module in (("first", network.first), ("second", network.second))
+    ]
+    groups = tuple(Group(target.name, (target,)) for target in targets)
+    package = Package(1, 1, groups, 0)
+    meter = Meter(torch.device("cpu"))
+    with (
+        torch.no_grad(),
+        gathering.watch(network, package, "gradients", lambda _: 1.0, Tokens(share, 0), meter) as (moments, next_batch),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        next_batch(0)
+        for _ in range(60):
+            x, y = torch.randn(2, 1, 64, 8, generator=generator)
+            network(x, y, timestep=torch.tensor(1.0))
+    moments = {name: found.finish() for name, found in moments.items()}
+    options = OBSDiff.model_validate({"sparsity": 0.5, "solver": "admm", "objective": "network", "spread": 0.2})
+    inputs = {target.name: target.name for target in targets}
+    harms = []
+    for stream in streams_of(options, targets, inputs, moments):
+        lost_OI = torch.zeros_like(stream.weight_OI)
+        lost_OI[:, 3] = stream.weight_OI[:, 3]
+        assert stream.metric_BKK is not None
+        harms.append((stream.metric_BKK[0] @ lost_OI @ stream.second_II * lost_OI).sum().item())
+    assert harms[1] / harms[0] == pytest.approx(100, rel=0.1)
+    first, second = parts(options, package, moments)
+    assert second.harm / first.harm == pytest.approx(100, rel=0.1)

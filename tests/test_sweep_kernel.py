@@ -440,30 +440,37 @@ TYPES = {
     "out": "*u8",
     "places": "*i64",
 }
+HALVES = {"x": "*fp32", "parts": "*fp16", "scale": "*fp32"}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize(("kernel", "streams"), [("_choose", 1), ("_choose", 2), ("_downdate", 2)])
-def test_the_kernels_of_removal_are_compiled_for_hopper(kernel, streams):
+@pytest.mark.parametrize(("kernel", "streams"), [("_choose", 1), ("_choose", 2), ("_downdate", 2), ("_take_apart", 0)])
+def test_kernels_are_compiled_for_hopper(kernel, streams):
     """Without a GPU, by the assembler that comes with triton; the interpreter lets pass what the compiler refuses."""
     triton = pytest.importorskip("triton")
-    from compressor_obs_diff import removal_kernel
+    from compressor_obs_diff import halves_kernel, removal_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if kernel == "_choose":
+    module: Any = removal_kernel
+    if kernel == "_take_apart":
+        module, warps = halves_kernel, 4
+        constants = dict(zip("LT", halves_kernel.COLUMNS, strict=True))
+    elif kernel == "_choose":
         constants, warps = {"S": streams, "T": removal_kernel.GROUPS}, removal_kernel.CHOOSING_WARPS
     else:
         constants = {"S": streams, "R": removal_kernel.ROWS, "T": removal_kernel.COLUMNS}
         warps = removal_kernel.DOWNDATING_WARPS
-    function: Any = getattr(removal_kernel, kernel)
+    function: Any = getattr(module, kernel)
     names = function.arg_names
-    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    given = TYPES | (HALVES if module is halves_kernel else {})
+    types = {name: "constexpr" if name in constants else given.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     source = ASTSource(function, types, {(names.index(name),): size for name, size in constants.items()}, aligned)
     found = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
     assert found.asm["cubin"]
-    assert "div.rn.f64" in found.asm["ptx"]  # not an approximation
+    if module is removal_kernel:
+        assert "div.rn.f64" in found.asm["ptx"]  # not an approximation
     assert "atom" not in found.asm["ptx"]
 
 

@@ -46,6 +46,18 @@ def test_blocks_add_up_and_what_lies_between_them_does_not_count(monkeypatch):
     assert meter.seconds == 2.5
 
 
+def test_blocks_that_are_rare_stand_for_no_others(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    meter = timing.Meter(torch.device("cpu"))
+    for forward in range(60):
+        meter.next_forward()
+        if forward % 6 == 0:
+            with meter.block(rare=True):
+                pass
+    assert meter.seconds == 10
+
+
 def test_on_a_gpu_one_forward_in_eight_stands_for_all_but_the_first(monkeypatch):
     made, taken = 0, 0.0
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.structure import find_targets, trace
+from compressor.structure.trace import _ByShapes
 from tests import tiny
 
 KINDS = pytest.mark.parametrize("kind", list(tiny.KINDS))
@@ -151,3 +152,27 @@ def test_operations_are_those_that_pytorch_counts(kind):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(**arguments, return_dict=False)
     assert 2 * trace(twin, found.family, **sizes, sequence=sequence).macs == counter.get_total_flops()
+
+
+class Normed(nn.Module):
+    """Norms of transposed inputs, whose outputs lie in memory in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.group = nn.LayerNorm(8), nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x.flatten(2).transpose(1, 2)), self.group(x.transpose(2, 3))
+
+
+def test_what_a_trace_answers_by_shapes_lies_in_memory_as_what_pytorch_gives():
+    with torch.device("meta"):
+        network, x = Normed(), torch.empty(2, 8, 4, 6)
+    expected = network(x)
+    with _ByShapes():
+        found = network(x)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert one.stride() == other.stride()
+    with _ByShapes(), pytest.raises(RuntimeError):
+        nn.LayerNorm(9, device="meta")(torch.empty(2, 8, device="meta"))
