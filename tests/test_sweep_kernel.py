@@ -480,14 +480,14 @@ def test_kernels_are_compiled_for_hopper(kernel, streams):
 @gpu
 @kernels
 @pytest.mark.parametrize("dim", [-1, -2])
-@pytest.mark.parametrize("size", [1.0, 1e-25, 4e18, 3e-45])
+@pytest.mark.parametrize("size", [1.0, 4e18, 3e-45])
 def test_a_matrix_is_taken_apart_to_the_last_bit_as_in_pytorch(dim, size, monkeypatch):
     """Rows or columns at a time, in one piece or several, wherever they lie in memory."""
-    monkeypatch.setattr(halves_kernel, "ROWS", (2, 32))
+    monkeypatch.setattr(halves_kernel, "ROWS", (4, 16))
     monkeypatch.setattr(halves_kernel, "COLUMNS", (16, 16))
     monkeypatch.setattr(product, "worthwhile", lambda *_: True)
     monkeypatch.setattr(product, "by_kernel", lambda *_: False)
-    x = torch.randn(2, 37, 70, generator=torch.Generator().manual_seed(0)).to(DEVICE) * size
+    x = torch.randn(2, 19, 34, generator=torch.Generator().manual_seed(0)).to(DEVICE) * size
     x[1, 4] *= 1e6
     before = x.clone()
     for given in (x, x.mT, x[:, 1:, 3:]):
