@@ -334,7 +334,7 @@ class Calibration:
                 self._blocks,
                 self._scales,
                 self._replay,
-                self._differentiated(),
+                gradients.share_of(self._prompts, self._options.steps),
             ) as (moments, next_batch),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
@@ -345,10 +345,6 @@ class Calibration:
                 meter.settle()
                 advance(len(prompts))
         return {name: m.finish() for name, m in moments.items()}
-
-    def _differentiated(self) -> float:
-        """The share of the forwards, where gradients are asked for."""
-        return gradients.share_of(self._prompts, self._options.steps)
 
     def _weigher(self, weighting: Weighting) -> Callable[[Tensor | float], float]:
         """Tells what a forward counts, and counts forwards."""

@@ -14,7 +14,7 @@ large as in the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -106,14 +106,13 @@ def watch(
         grads = torch.autograd.grad(output, list(outputs.values()), noise, allow_unused=True)
         torch.set_grad_enabled(False)
         kernels.close()
-        grads = [
-            torch.zeros_like(found) if grad is None else grad
-            for found, grad in zip(outputs.values(), grads, strict=True)
-        ]
-        found = dict(zip(outputs, grads, strict=True))
+        found = {
+            name: torch.zeros_like(output) if grad is None else grad
+            for (name, output), grad in zip(outputs.items(), grads, strict=True)
+        }
         squares = {name: influence.squares(grad) for name, grad in found.items()}
         if (batch, call) not in scales:
-            scales[batch, call] = _scale(grads, list(squares.values()))
+            scales[batch, call] = _scale(found.values(), squares.values())
         outputs.clear()
         take(found, squares, scales[batch, call])
         differentiated = False
@@ -134,7 +133,7 @@ def watch(
             parameter.requires_grad_()
 
 
-def _scale(grads: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
+def _scale(grads: Iterable[Tensor], squares: Iterable[Tensor]) -> Tensor:
     """One over the mean square of all, of which tokens that are not finite are zeros; 1 where all are zero."""
     total = torch.stack([squares_T.sum(dtype=torch.float64) for squares_T in squares]).sum()
     return torch.where(total > 0, sum(grad.numel() for grad in grads) / total, 1)

@@ -51,10 +51,11 @@ class Meter:
         Args:
             rare: it is one of few, which are all timed, and stands for no other.
         """
+        forward = 1 if rare else self._forward  # the first stands for itself
         if self._device.type != "cuda":
-            return self._clocked(1 if rare else self._forward)
-        if rare or self._recording is not None or self._forward <= 1 or self._forward % EVERY == 2:
-            return self._between_events(1 if rare else self._forward)
+            return self._clocked(forward)
+        if self._recording is not None or forward <= 1 or forward % EVERY == 2:
+            return self._between_events(forward)
         return _NOTHING
 
     @contextmanager
