@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from compressor.calibration import kernels, product_kernel
 from compressor.calibration.product_kernel import LARGE, SMALL
-from tests import tiny
+from tests import assembled, tiny
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.device("cuda")
@@ -92,19 +89,11 @@ LOADS = {"left": None, "right": None}
 
 
 def compiled(kernel: str, constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
-    function = getattr(product_kernel, kernel)
-    names = function.arg_names
     engine = {
         name: f"tensordesc<fp16[{constants['D']}, {constants[side]}]>" for name, side in ENGINE if "D" in constants
     }
-    types = {name: "constexpr" if name in constants else (TYPES | engine).get(name, "i32") for name in names}
-    source = ASTSource(
-        function,
-        types,
-        {(names.index(name),): value for name, value in constants.items() if name in names},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
-    )
-    return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
+    function = getattr(product_kernel, kernel)
+    return assembled.compiled(function, TYPES | engine, constants, capability, warps, stages)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff, admm, batch, greedy, halves_kernel, product
+from compressor_obs_diff import OBSDiff, admm, batch, greedy, product
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.removal import Problem, Stream, remove_together
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from compressor import sparsity
 from compressor.calibration import Group, Moments, Package
+from compressor.calibration import kernels as calibration_kernels
 from compressor.plugin import Elementwise, LayerResult
 from compressor.structure import Layer, Target
 
@@ -412,9 +413,9 @@ def test_inputs_leave_by_kernels_in_the_order_and_at_the_costs_of_pytorch(
             monkeypatch.setattr(removal_kernel, name, size)
     groups_GD = torch.randperm(inputs, generator=torch.Generator().manual_seed(0))[: inputs - 3, None]
     problems = [Problem(streams_of(seed, inputs, streams), count) for seed, count in enumerate(counts)]
-    monkeypatch.setattr(greedy, "has_kernels", lambda _: False)
+    monkeypatch.setattr(calibration_kernels, "usable", lambda _: False)
     expected = remove_together(problems, groups_GD, 0.01, fusion)
-    monkeypatch.setattr(greedy, "has_kernels", lambda _: True)
+    monkeypatch.setattr(calibration_kernels, "usable", lambda _: True)
     launched: list[str] = []
     for name in ("choose", "downdate"):
         real: Any = getattr(removal_kernel, name)
@@ -447,10 +448,10 @@ HALVES = {"x": "*fp32", "parts": "*fp16", "scale": "*fp32"}
 @pytest.mark.parametrize(("kernel", "streams"), [("_choose", 1), ("_choose", 2), ("_downdate", 2), ("_take_apart", 0)])
 def test_kernels_are_compiled_for_hopper(kernel, streams):
     """Without a GPU, by the assembler that comes with triton; the interpreter lets pass what the compiler refuses."""
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     from compressor_obs_diff import halves_kernel, removal_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from tests.assembled import compiled
 
     module: Any = removal_kernel
     if kernel == "_take_apart":
@@ -461,13 +462,8 @@ def test_kernels_are_compiled_for_hopper(kernel, streams):
     else:
         constants = {"S": streams, "R": removal_kernel.ROWS, "T": removal_kernel.COLUMNS}
         warps = removal_kernel.DOWNDATING_WARPS
-    function: Any = getattr(module, kernel)
-    names = function.arg_names
-    given = TYPES | (HALVES if module is halves_kernel else {})
-    types = {name: "constexpr" if name in constants else given.get(name, "i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
-    source = ASTSource(function, types, {(names.index(name),): size for name, size in constants.items()}, aligned)
-    found = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
+    types = HALVES if module is halves_kernel else TYPES
+    found = compiled(getattr(module, kernel), types, constants, 90, warps)
     assert found.asm["cubin"]
     if module is removal_kernel:
         assert "div.rn.f64" in found.asm["ptx"]  # not an approximation
@@ -483,28 +479,29 @@ def test_kernels_are_compiled_for_hopper(kernel, streams):
 @pytest.mark.parametrize("size", [1.0, 4e18, 3e-45])
 def test_a_matrix_is_taken_apart_to_the_last_bit_as_in_pytorch(dim, size, monkeypatch):
     """Rows or columns at a time, in one piece or several, wherever they lie in memory."""
+    from compressor_obs_diff import halves_kernel
+
     monkeypatch.setattr(halves_kernel, "ROWS", (4, 16))
     monkeypatch.setattr(halves_kernel, "COLUMNS", (16, 16))
     monkeypatch.setattr(product, "worthwhile", lambda *_: True)
-    monkeypatch.setattr(product, "by_kernel", lambda *_: False)
+    monkeypatch.setattr(calibration_kernels, "usable", lambda _: False)
     x = torch.randn(2, 19, 34, generator=torch.Generator().manual_seed(0)).to(DEVICE) * size
     x[1, 4] *= 1e6
     before = x.clone()
     for given in (x, x.mT, x[:, 1:, 3:]):
-        for factor, second_at in ((product.left, 1), (product.right, 2)):
-            if dim != {product.left: -1, product.right: -2}[factor]:
-                continue
-            expected = factor(given)
-            parts, scale = halves_kernel.take_apart(given, dim, second_at, product.LARGEST)
-            assert torch.equal(parts, expected.parts)
-            assert expected.scale is not None
-            assert torch.equal(scale, expected.scale)
+        expected, second_at = (product.left(given), 1) if dim == -1 else (product.right(given), 2)
+        parts, scale = halves_kernel.take_apart(given, dim, second_at, product.LARGEST)
+        assert torch.equal(parts, expected.parts)
+        assert expected.scale is not None
+        assert torch.equal(scale, expected.scale)
     assert torch.equal(x, before)
 
 
 @gpu
 @kernels
-def test_a_line_of_zeros_stays_one(monkeypatch):
+def test_a_line_of_zeros_stays_one():
+    from compressor_obs_diff import halves_kernel
+
     parts, scale = halves_kernel.take_apart(torch.zeros(1, 3, 40, device=DEVICE), -1, 1, product.LARGEST)
     assert not parts.any()
     assert scale.isfinite().all()

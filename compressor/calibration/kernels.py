@@ -17,7 +17,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 def of(x: Tensor) -> Any:
     """The module `product_kernel`, or None where PyTorch has to sum this tensor."""
-    return _module() if x.is_cuda and x.dtype in HALF and problem(x.device) is None else None
+    return _module() if x.dtype in HALF and usable(x.device) else None
+
+
+def usable(device: torch.device) -> bool:
+    """Whether kernels run there: these, and those of plugins, as they need no more than these."""
+    return device.type == "cuda" and problem(device) is None
 
 
 def note(device: torch.device, dtype: torch.dtype) -> str | None:

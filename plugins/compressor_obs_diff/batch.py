@@ -33,7 +33,7 @@ def pays(device: torch.device) -> bool:
 
 def possible(granularity: Elementwise, device: torch.device) -> bool:
     """Whether there is a kernel for that; any other granularity has its masks asked for layer by layer."""
-    return type(granularity) in (Unstructured, NM) and device.type == "cuda" and kernels.problem(device) is None
+    return type(granularity) in (Unstructured, NM) and kernels.usable(device)
 
 
 def note(solver: str, granularity: Elementwise, device: torch.device) -> str | None:

@@ -90,7 +90,7 @@ class Search:
             Which groups, P x R, and what each cost each stream, P x S x R.
         """
         self._kernels = None
-        if self.width == 1 and (self.streams == 1 or fusion != "rank_fusion") and has_kernels(self.out_PG.device):
+        if self.width == 1 and (self.streams == 1 or fusion != "rank_fusion") and kernels.usable(self.out_PG.device):
             from compressor_obs_diff import removal_kernel
 
             self._kernels = removal_kernel
@@ -319,11 +319,6 @@ class Search:
         self.places: list[Tensor] = []
         self.rows = 0
         self.since = 0
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Whether single inputs leave by Triton kernels there."""
-    return device.type == "cuda" and kernels.problem(device) is None
 
 
 def cheapest(costs_PSG: Tensor, out_PG: Tensor, energy_PS: Tensor, fusion: Fusion) -> Tensor:

@@ -80,16 +80,11 @@ def worthwhile(x: Tensor, terms: int) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and terms >= LEAST
 
 
-def by_kernel(x: Tensor) -> bool:
-    """Whether lines that each have a scale of their own are taken apart in one pass."""
-    return x.is_cuda and kernels.problem(x.device) is None
-
-
 def _take_apart(x: Tensor, dim: int, together: tuple[int, ...], first_at: tuple[int, int]) -> Parts:
     terms = x.shape[dim]
     if not worthwhile(x, terms):
         return Parts(x, None)
-    if together == (dim,) and by_kernel(x):
+    if together == (dim,) and kernels.usable(x.device):  # each line has a scale of its own
         from compressor_obs_diff import halves_kernel
 
         return Parts(*halves_kernel.take_apart(x, dim, 3 - sum(first_at), LARGEST))
