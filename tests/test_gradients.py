@@ -12,16 +12,20 @@ from compressor_obs_diff import OBSDiff
 from compressor_obs_diff.groups import streams_of
 from compressor_obs_diff.spread import parts
 from compressor_obs_diff.weightings import LogDecrease
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from compressor.calibration import Group, Moments, Package, curvature, gathering, gradients, influence
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients, blocks_of
+from compressor.calibration.gradients import Calls
 from compressor.calibration.timing import Meter
 from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 from compressor.structure import Target
 from tests import tiny
+
+CPU = torch.device("cpu")
 
 
 class Two(nn.Module):
@@ -52,13 +56,11 @@ def adding_to(sums: dict[str, Gradients]) -> gradients.Take:
     return take
 
 
-def gather(
-    network: Two, calls: int, tokens: int, scales: gradients.Scales | None = None, share: float = 1.0
-) -> dict[str, Gradients]:
+def gather(network: Two, count: int, tokens: int, calls: Calls | None = None) -> dict[str, Gradients]:
     targets = targets_of(network)
     sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
-    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), {} if scales is None else scales, share):
-        for call in range(calls):
+    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), calls or Calls(1.0)):
+        for call in range(count):
             x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(call))
             network(x)
             assert not torch.is_grad_enabled()
@@ -88,13 +90,13 @@ def test_every_call_counts_the_same_however_large_its_gradients_are():
     alone = []
     for factors in ([1.0], [30.0], [1.0, 30.0]):
         sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
-        scales: gradients.Scales = {}
-        with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), scales, 1.0) as next_batch:
+        calls = Calls(1.0)
+        with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), calls):
             for factor in factors:
                 network.second.weight.copy_(factor * Two().second.weight)
-                next_batch(0)
+                calls.next_batch(0)
                 network(torch.ones(50, 3))
-                scales.clear()  # as of another batch
+                calls.scales.clear()  # as of another batch
         squares = sum(found.second_BKK.diagonal(dim1=1, dim2=2).sum().item() for found in sums.values())
         assert squares == pytest.approx(50 * 11 * len(factors))  # a mean of one over all tokens and outputs
         alone.append(sums["first"].second_BKK)
@@ -103,12 +105,12 @@ def test_every_call_counts_the_same_however_large_its_gradients_are():
 
 def test_gradients_of_another_package_are_scaled_as_those_of_the_first():
     network = Two()
-    scales: gradients.Scales = {}
-    together = gather(network, 1, 7, scales)
-    assert list(scales) == [(0, 0)]
+    calls = Calls(1.0)
+    together = gather(network, 1, 7, calls)
+    assert list(calls.scales) == [(0, 0)]
     targets = targets_of(network)[:1]
     sums = {"first": Gradients.empty(5, torch.device("cpu"))}
-    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), scales, 1.0):
+    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), calls):
         network(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(sums["first"].second_BKK, together["first"].second_BKK)
 
@@ -129,8 +131,9 @@ def test_a_sixth_of_the_calls_is_differentiated_and_more_where_there_are_few(pro
 def test_a_share_of_the_calls_and_always_the_first_are_differentiated_and_the_same_ones_again():
     network = Two()
     assert int(gather(network, 1, 7)["first"].tokens) == 7
-    first, again = gather(network, 400, 1, None, 1 / 6), gather(network, 400, 1, None, 1 / 6)
-    assert 45 <= int(first["first"].tokens) <= 90
+    calls = Calls(1 / 6)
+    first, again = gather(network, 400, 1, calls), gather(network, 400, 1, Calls(1 / 6))
+    assert 45 <= int(first["first"].tokens) == calls.count <= 90
     assert torch.equal(mean(first["first"]), mean(again["first"]))
 
 
@@ -175,18 +178,55 @@ def test_nothing_is_left_behind(breaks):
             raise Interrupted
 
     network.second.register_forward_pre_hook(fail)
-    x = torch.randn(4, 3)
+    x, forgotten, calls = torch.randn(4, 3), [], Calls(1.0)
     try:
-        with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), {}, 1.0):
+        with (
+            torch.no_grad(),
+            gradients.watch(network, targets, adding_to(sums), calls, lambda: forgotten.append(calls.count)),
+        ):
             (found,) = network(x)
             assert not found.requires_grad
     except Interrupted:
         assert breaks
+    assert forgotten == [1]
+    assert not calls.differentiated
     assert torch.is_grad_enabled()
+    assert "forward" not in network.__dict__
     assert [p.requires_grad for p in network.parameters()] == [True] * 4 + [False] * 2
     hooks = [*network._forward_hooks.values(), *network._forward_pre_hooks.values()]
     hooks += [hook for target in targets for hook in target.module._forward_hooks.values()]
     assert not hooks
+
+
+class Named(Two):
+    """Gives an output object, as networks do that are not asked for a tuple."""
+
+    def forward(self, x: Tensor) -> Any:
+        return Transformer2DModelOutput(sample=super().forward(x)[0])
+
+
+@torch.no_grad()
+def test_an_output_object_is_given_without_its_graph():
+    network = Named()
+    sums = {target.name: Gradients.empty(target.outputs, CPU) for target in targets_of(network)}
+    x = torch.randn(4, 3)
+    expected = network(x).sample
+    with gradients.watch(network, targets_of(network), adding_to(sums), Calls(1.0)):
+        found = network(x)
+    assert isinstance(found, Transformer2DModelOutput)
+    assert torch.equal(found.sample, expected)
+    assert not found.sample.requires_grad
+    assert sums["first"].second_BKK.any()
+
+
+def test_a_call_that_has_failed_keeps_no_inputs():
+    group = Group("input", tuple(targets_of(Two())[:1]))
+    moments = Moments.empty(3, True, CPU)
+    coupled = Coupled([group], {"input": moments}, Tokens(1.0, 0), Meter(CPU))
+    coupled.keeping(group)(torch.ones(1, 4, 3))
+    coupled.forget()
+    coupled.add({"first": torch.ones(1, 4, 5)}, {"first": torch.ones(4)}, torch.tensor(1.0), 1.0)
+    assert int(moments.tokens) == 0
 
 
 # ------------------------------------------------------------------------------------------------ what a token counts

@@ -72,7 +72,8 @@ def _gather(
         moments = calibration.collect(package, kind, LogDecrease())
         found.append({name: plain for group in moments for name, plain in _plain(group, moments[group]).items()})
     facts = calibration.facts
-    return found, {"forwards": facts.forwards, "tokens": facts.tokens, "warnings": facts.warnings}
+    counts = {"forwards": facts.forwards, "differentiated": facts.differentiated, "tokens": facts.tokens}
+    return found, {**counts, "warnings": facts.warnings}
 
 
 def _plain(name: str, moments: Moments) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -11,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
-from compressor import pipeline
-from compressor.calibration import Moments, replay
-from compressor.calibration.replay import Replay
+from compressor import offload, pipeline
+from compressor.calibration import Facts, Moments, coupled, gradients, kernels, replay
+from compressor.calibration.replay import BEFORE, Replay
 from compressor.calibration.timing import Events, Meter
+from compressor.pipeline import Pipeline
 from compressor.plugin import MomentKind
 from compressor.recipe import Model
-from tests import tiny
+from tests import cpu_graph, tiny
 from tests.test_moments import Growing
 
 CPU = torch.device("cpu")
@@ -109,10 +112,10 @@ def test_the_third_forward_of_a_kind_is_recorded_and_all_further_ones_are_replay
     assert "forward" not in network.__dict__
 
 
-@pytest.mark.parametrize("what", ["differentiated", "a number", "too many kinds"])
+@pytest.mark.parametrize("what", ["with gradients", "a number", "too many kinds"])
 def test_some_forwards_are_run_as_ever(network, what):
     meter = Counter()
-    with Replay(network).replaying(meter), torch.set_grad_enabled(what == "differentiated"):
+    with Replay(network).replaying(meter), torch.set_grad_enabled(what == "with gradients"):
         for i in range(8):
             timestep: Any = 1.0 if what == "a number" else torch.tensor(1.0)
             for size in range(8) if what == "too many kinds" else (1,):
@@ -151,6 +154,79 @@ def test_what_cannot_be_recorded_is_run_and_said_why(network, monkeypatch, what,
                 assert network(torch.ones(1), timestep, return_dict=False)[0].tolist() == [3.0]
     assert network.calls == 8
     assert wrapped.problem == problem
+
+
+@torch.no_grad()
+def test_forwards_that_are_differentiated_are_counted_and_recorded_for_themselves(network, monkeypatch):
+    meter, pools, replayed, record, differentiated = Counter(), [], [], replay._record, False
+
+    def recording(*given: Any) -> Any:
+        pools.append(given[-1])
+        return record(*given)
+
+    monkeypatch.setattr(replay, "_record", recording)
+    wrapped = Replay(network)
+    with wrapped.replaying(meter, lambda: differentiated):
+        for i, backward in enumerate([True, False, True, False, True, True, False, False]):
+            differentiated = backward
+            network(torch.full((3,), float(i)), torch.tensor(1.0))
+            replayed.append(meter.replays)
+    assert replayed == [0, 0, 0, 0, 1, 2, 3, 4]
+    assert wrapped.recorded == {True, False}
+    assert pools == [None, None]  # each in memory of its own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["fails", "waits"])
+def test_what_keeps_differentiated_forwards_from_being_recorded_is_no_obstacle_to_others(network, monkeypatch, what):
+    record, meter, differentiated = replay._record, Counter(), False
+
+    def failing(*given: Any) -> Any:
+        if differentiated:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(*given)
+
+    if what == "fails":
+        monkeypatch.setattr(replay, "_record", failing)
+    else:
+        monkeypatch.setattr(replay, "watched", lambda work: (work(), int(differentiated)))
+    wrapped, expected = Replay(network), 0.0
+    with wrapped.replaying(meter, lambda: differentiated):
+        for i in range(10):
+            differentiated = i % 2 == 0
+            expected += i
+            network(torch.full((1,), float(i)), torch.tensor(1.0))
+    assert float(network.sum) == expected
+    assert meter.replays == 3
+    assert wrapped.recorded == {False}
+    assert wrapped.problem is None
+    why = "CUDA out of memory" if what == "fails" else "something in it waits for the GPU"
+    assert (wrapped.why_not(True), wrapped.why_not(False)) == (why, None)
+
+
+@torch.no_grad()
+def test_what_is_given_up_keeps_no_memory(network, monkeypatch):
+    record, differentiated = replay._record, False
+    kept: list[weakref.ref[Any]] = []
+
+    def failing(*given: Any) -> Any:
+        if given[1][0].numel() == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found = record(*given)
+        kept.append(weakref.ref(found.graph))
+        return found
+
+    monkeypatch.setattr(replay, "_record", failing)
+    wrapped, alive = Replay(network), []
+    with wrapped.replaying(Counter(), lambda: differentiated):
+        for size, backward in ((1, False), (1, True), (2, True), (2, False)):
+            differentiated = backward
+            for _ in range(3):
+                network(torch.ones(size), torch.tensor(1.0))
+            alive.append([found() is not None for found in kept])
+    assert alive == [[True], [True, True], [True, False], [False, False]]
+    assert wrapped.problem == wrapped.problem_of_differentiated == "CUDA out of memory"
+    assert not wrapped.recorded
 
 
 @torch.no_grad()
@@ -228,6 +304,19 @@ def test_a_calibration_warns_once_if_its_forwards_were_not_replayed(monkeypatch)
     assert said == ["forwards were not replayed by CUDA graphs, which would be faster: it waits"]
 
 
+def test_a_calibration_warns_once_if_only_those_that_are_differentiated_were_not_replayed(monkeypatch):
+    monkeypatch.setattr(replay, "obstacle", lambda *_: None)
+    calibration = tiny.calibrate(tiny.load("sd3"), packages=2)
+    assert calibration._replay is not None
+    monkeypatch.setattr(Replay, "replaying", lambda *_: nullcontext())
+    calibration._replay.problem_of_differentiated = "it waits"
+    for package in calibration.packages(calibration._pipeline.targets, "norms"):
+        calibration.collect(package, "norms", Growing())
+    assert [warning for warning in calibration.facts.warnings if "CUDA" in warning] == [
+        "forwards that are differentiated were not replayed by CUDA graphs, which would be faster: it waits"
+    ]
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "expected"),
     [
@@ -255,23 +344,79 @@ def test_who_asks_for_graphs_by_name_is_told_that_there_are_none():
 def test_where_memory_runs_out_what_is_recorded_goes_before_the_batch_is_halved(monkeypatch):
     monkeypatch.setattr(replay, "obstacle", lambda *_: None)
     calibration = tiny.calibrate(tiny.load("sd3"), packages=1)
-    sample, times = calibration._sample, []
+    sample, times, given_up = calibration._sample, [], []
 
     def failing(*args: Any) -> dict[str, Moments]:
         times.append(calibration.facts.batch)
-        if len(times) == 1:
+        if len(times) <= 3:
             assert calibration._replay is not None
-            calibration._replay.recorded = True
+            given_up.append((calibration._replay.problem_of_differentiated, calibration._replay.problem))
+            calibration._replay.recorded = [{True, False}, {False}, set()][len(times) - 1]
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sample(*args)
 
     monkeypatch.setattr(calibration, "_sample", failing)
     (package,) = calibration.packages(calibration._pipeline.targets, "norms")
     calibration.collect(package, "norms", Growing())
-    assert times == [2, 2]
+    assert times == [2, 2, 2, 1]
+    why = "memory ran out beside what was recorded"
+    assert given_up == [(None, None), (why, None), (why, why)]  # what takes most goes first
     assert [warning for warning in calibration.facts.warnings if "CUDA graphs" in warning] == [
-        "forwards were not replayed by CUDA graphs, which would be faster: memory ran out beside what was recorded"
+        f"forwards were not replayed by CUDA graphs, which would be faster: {why}"
     ]
+
+
+def passes(loaded: Pipeline, **options: Any) -> tuple[list[dict[str, Moments]], Facts]:
+    """Two passes with gradients, the second with scales that are known, in batches of two prompts and of one."""
+    calibration = tiny.calibrate(loaded, tiny.PROMPTS[:5], packages=2, **options)
+    offload.bring(loaded.module)
+    packages = calibration.packages(loaded.targets, "gradients")
+    return [calibration.collect(package, "gradients", Growing()) for package in packages], calibration.facts
+
+
+def assert_equal(found: list[dict[str, Moments]], expected: list[dict[str, Moments]]) -> None:
+    """To the bit."""
+    assert len(found) == len(expected) == 2
+    for moments, right in zip(found, expected, strict=True):
+        assert moments.keys() == right.keys()
+        for name, sums in moments.items():
+            for part in ("tokens", "skipped", "weight", "total_I", "second_II"):
+                assert torch.equal(getattr(sums, part), getattr(right[name], part)), (name, part)
+            assert sums.gradients.keys() == right[name].gradients.keys() != set()
+            for layer, other in sums.gradients.items():
+                for part in ("tokens", "skipped", "second_BKK"):
+                    assert torch.equal(getattr(other, part), getattr(right[name].gradients[layer], part)), (layer, part)
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("sd3", 1.0), ("sd3", 0.5), ("flux", 1.0)])
+def test_differentiated_forwards_that_are_replayed_read_all_that_differs_between_them(kind, tokens, monkeypatch):
+    monkeypatch.setattr(gradients, "share_of", lambda *_: 0.5)
+    monkeypatch.setattr(kernels, "of", lambda _: cpu_graph.Kernels)
+    options = {"tokens": tokens, "steps": 8, "guidance": 1.0 if kind == "flux" else 3.0}
+    expected, _ = passes(tiny.load(kind), **options)
+    replayed = cpu_graph.use(monkeypatch)
+    found, facts = passes(tiny.load(kind), **options)
+    assert not facts.warnings
+    # of each pass and each size of a batch, all but the first ones
+    assert sum(replayed) == facts.differentiated - 2 * 2 * BEFORE > 0
+    assert len(replayed) == facts.forwards - 2 * 4 * BEFORE
+    assert_equal(found, expected)
+
+
+def test_where_additions_need_a_number_differentiated_forwards_are_run_and_others_replayed(monkeypatch):
+    monkeypatch.setattr(gradients, "share_of", lambda *_: 0.5)
+    replayed = cpu_graph.use(monkeypatch)
+    monkeypatch.setattr(kernels, "of", lambda _: None)
+    monkeypatch.setattr(coupled, "_factor", lambda _, factor: (factor.item(), None))
+    expected, _ = passes(tiny.load("sd3"), cuda_graphs=False, steps=8)
+    found, facts = passes(tiny.load("sd3"), steps=8)
+    assert facts.warnings == [
+        "forwards that are differentiated were not replayed by CUDA graphs, which would be faster: "
+        "aten::_local_scalar_dense: not permitted when stream is capturing"
+    ]
+    assert len(replayed) == facts.forwards - facts.differentiated - 2 * 2 * BEFORE > 0
+    assert not any(replayed)
+    assert_equal(found, expected)
 
 
 def gathered(kind: str, moments: MomentKind, **options: Any) -> tuple[dict[str, Moments], Any]:
@@ -305,3 +450,82 @@ def test_moments_of_replayed_forwards_are_those_of_forwards_that_are_run(kind, m
         for sums, right in pairs:
             if right is not None:
                 torch.testing.assert_close(sums, right, rtol=0, atol=5e-3 * float(right.abs().max()))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """From now on each replay leaves in the list whether it was of a differentiated forward."""
+    replayed: list[bool] = []
+    again = replay._replay
+
+    def count(recorded: Any, *rest: Any) -> Any:
+        replayed.append(bool(recorded.events))
+        return again(recorded, *rest)
+
+    monkeypatch.setattr(replay, "_replay", count)
+    return replayed
+
+
+def on_gpu(
+    kind: str, dtype: torch.dtype = torch.float16, turns: bool = False, **options: Any
+) -> tuple[list[dict[str, Moments]], Facts]:
+    """`passes` there."""
+    loaded = pipeline.load(Model(source=str(tiny.folder(kind, dtype))), "cuda", turns=turns)
+    with pipeline.current(loaded.device):
+        return passes(loaded, **{"steps": 12, "guidance": 1.0 if kind == "flux" else 3.0} | options)
+
+
+@pytest.fixture
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the calls are differentiated, with the kernel for attention that adds up in the same order each time."""
+    monkeypatch.setattr(gradients, "share_of", lambda *_: 0.5)
+    monkeypatch.setattr(gradients, "ATTENTION", [SDPBackend.MATH])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("reproducible")
+@pytest.mark.parametrize("tokens", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_differentiated_forwards_that_are_replayed_give_the_same_bytes(kind, tokens, monkeypatch):
+    replayed = counted(monkeypatch)
+    expected, plain = on_gpu(kind, tokens=tokens, cuda_graphs=False)
+    assert not replayed
+    found, facts = on_gpu(kind, tokens=tokens)
+    assert not facts.warnings
+    assert sum(replayed) == facts.differentiated - 2 * 2 * BEFORE > 0
+    assert facts.differentiated == plain.differentiated < facts.forwards
+    assert 0 < facts.moment_seconds < facts.seconds
+    assert_equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("reproducible")
+def test_a_backward_pass_that_cannot_be_recorded_is_run(monkeypatch):
+    replayed, scale = counted(monkeypatch), gradients._scale
+    expected, _ = on_gpu("sd3", cuda_graphs=False)
+
+    def waiting(*given: Any) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+        return scale(*given)
+
+    monkeypatch.setattr(gradients, "_scale", waiting)
+    found, facts = on_gpu("sd3")
+    (warning,) = facts.warnings
+    assert re.match("forwards that are differentiated were not replayed by CUDA graphs, .*: .*captur", warning)
+    assert len(replayed) == facts.forwards - facts.differentiated - 2 * 2 * BEFORE > 0
+    assert not any(replayed)
+    assert_equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("reproducible")
+@pytest.mark.parametrize("what", ["float32", "offloaded"])
+def test_no_differentiated_forward_of_a_network_in_float32_or_offloaded_is_replayed(what, monkeypatch):
+    replayed = counted(monkeypatch)
+    given: Any = {"dtype": torch.float32} if what == "float32" else {"turns": True}
+    found, facts = on_gpu("sd3", **given)
+    expected, _ = on_gpu("sd3", cuda_graphs=False, **given)
+    assert not replayed
+    assert not facts.warnings
+    assert facts.differentiated > 0
+    assert_equal(found, expected)

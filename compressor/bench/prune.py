@@ -364,7 +364,7 @@ class _Bench:
             return None
         for _ in range(replay.BEFORE + 1 - forwards):
             self._forward()
-        return self._replay.problem
+        return self._replay.why_not(differentiated=True)
 
     def _time_solves(self, plain: float) -> list[Case]:
         turns = self._settings.turns or (3 if self._device.type == "cuda" else 1)

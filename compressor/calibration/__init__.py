@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.calibration import gathering, gradients, kernels, replay, sampling
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
-from compressor.calibration.gradients import Scales
+from compressor.calibration.gradients import Calls
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.replay import Replay
@@ -42,19 +42,20 @@ class Facts:
     Attributes:
         prompts: how many are sampled.
         forwards: calls of the network.
+        differentiated: of these, those with a backward pass, which are summed alone where gradients are gathered.
         tokens: tokens summed, over all groups; with a share of them, those drawn.
         skipped: layers whose input had tokens that were not finite, and how many.
         batch: prompts at a time, after any halving.
         packages: passes made.
         seconds: time spent sampling, moments included.
-        moment_seconds: time spent adding to moments; on a GPU that of one forward in eight, for all, but with gradients
-            that of each.
+        moment_seconds: time spent adding to moments; on a GPU that of some forwards, which stand for all.
         moment_bytes: the most that the moments of one pass took.
         warnings: what a user should know.
     """
 
     prompts: int = 0
     forwards: int = 0
+    differentiated: int = 0
     tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     batch: int = 0
@@ -162,14 +163,13 @@ class Calibration:
         self._blocks = Blocks(pipeline.module, pipeline.family, trace) if options.compile else None
         self._replay: Replay | None = None
         self._changing: list[tuple[Target, int]] = []
-        self._scales: Scales = {}
         self.owners: dict[str, int] = {}
         self.start_over()
 
     def start_over(self) -> None:
         """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
         options, prompts = self._options, self._prompts
-        self._scales.clear()
+        self._calls = Calls(gradients.share_of(prompts, options.steps))
         self._replay = None
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
@@ -243,7 +243,8 @@ class Calibration:
             torch.cuda.synchronize(self._pipeline.device)  # what the pruner has left to do is not sampling
         self._exchange()
         start = time.perf_counter()
-        forwards = self.facts.forwards
+        forwards, differentiated = self.facts.forwards, self.facts.differentiated
+        before = self._calls.count
         meter = Meter(self._pipeline.device)
         while True:
             try:
@@ -252,15 +253,13 @@ class Calibration:
             except RuntimeError as error:
                 if not sampling.out_of_memory(error):
                     raise
-                if self._replay is not None and self._replay.recorded and self._replay.problem is None:
-                    self._replay.problem = "memory ran out beside what was recorded"  # which goes before the batch does
-                    continue
+                if self._replay is not None and self._replay.give_up("memory ran out beside what was recorded"):
+                    continue  # what was recorded goes before the batch does
                 self._halve_batch(package, error)
-        if self._replay is not None and self._replay.problem is not None:
-            self.warn(f"forwards were not replayed by CUDA graphs, which would be faster: {self._replay.problem}")
-            self._replay = None
+        self._tell_of_replays()
         self._share(package, moments)
-        self._settle(forwards)
+        self.facts.differentiated += self._calls.count - before
+        self._settle(forwards, differentiated)
         self.facts.packages += 1
         self.facts.seconds += time.perf_counter() - start
         self.facts.moment_seconds += meter.seconds
@@ -307,13 +306,15 @@ class Calibration:
                 found.gradients.clear()
             self._changing += [(target, owner or 0) for target in group.targets]
 
-    def _settle(self, before: int) -> None:
-        """Counts what all processes did together."""
+    def _settle(self, forwards: int, differentiated: int) -> None:
+        """Counts what all processes did together since there were so many."""
         if self._ranks.count == 1:
             return
-        found = self._ranks.gather((self.facts.forwards - before, self.facts.batch))
-        self.facts.forwards = before + sum(forwards for forwards, _ in found)
-        batch = min(batch for _, batch in found)
+        facts = self.facts
+        found = self._ranks.gather((facts.forwards - forwards, facts.differentiated - differentiated, facts.batch))
+        facts.forwards = forwards + sum(each for each, _, _ in found)
+        facts.differentiated = differentiated + sum(each for _, each, _ in found)
+        batch = min(batch for _, _, batch in found)
         if batch < self.facts.batch:
             self.warn(f"memory ran out for another process: calibration goes on with a batch of {batch}")
         self.facts.batch = batch
@@ -332,9 +333,8 @@ class Calibration:
                 tokens,
                 meter,
                 self._blocks,
-                self._scales,
+                self._calls,
                 self._replay,
-                gradients.share_of(self._prompts, self._options.steps),
             ) as (moments, next_batch),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
@@ -368,6 +368,18 @@ class Calibration:
         """Tells the user at once, and again in the report."""
         self.facts.warnings.append(text)
         self._progress.say(f"warning: {text}")
+
+    def _tell_of_replays(self) -> None:
+        if self._replay is None:
+            return
+        why = "were not replayed by CUDA graphs, which would be faster"
+        if self._replay.problem is not None:
+            self.warn(f"forwards {why}: {self._replay.problem}")
+            self._replay = None
+        elif self._replay.problem_of_differentiated is not None:
+            text = f"forwards that are differentiated {why}: {self._replay.problem_of_differentiated}"
+            if text not in self.facts.warnings:
+                self.warn(text)
 
     def _halve_batch(self, package: Package, error: RuntimeError) -> None:
         if self.facts.batch == 1:

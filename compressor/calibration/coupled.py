@@ -41,14 +41,24 @@ class Coupled:
 
         return keep
 
-    def add(self, gradients: Mapping[str, Tensor], squares: Mapping[str, Tensor], scale: Tensor, weight: float) -> None:
+    def forget(self) -> None:
+        """Keeps nothing of the call any longer, however it has ended."""
+        self._inputs.clear()
+
+    def add(
+        self,
+        gradients: Mapping[str, Tensor],
+        squares: Mapping[str, Tensor],
+        scale: Tensor,
+        weight: float | Tensor,
+    ) -> None:
         """Adds what was kept, with the gradients at the layers' outputs; no GPU is waited for where there are kernels.
 
         Args:
             gradients: by the layers' names.
             squares: the sums of the squares of their tokens, as `influence.squares` gives them.
             scale: what squared gradients of this call are multiplied by, float64 without dimensions.
-            weight: how much the call counts by its step, for the inputs.
+            weight: how much the call counts by its step, for the inputs; as `scale`, where it is to be read again.
 
         Raises:
             CompressorError: if an input is not what it was.

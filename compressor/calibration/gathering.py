@@ -31,9 +31,8 @@ def watch(
     tokens: Tokens,
     meter: Meter,
     blocks: Blocks | None = None,
-    scales: gradients.Scales | None = None,
+    calls: gradients.Calls | None = None,
     replay: Replay | None = None,
-    share: float = 1.0,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """While it lasts, forwards of the network add to moments.
 
@@ -49,9 +48,8 @@ def watch(
         tokens: draws those that are summed.
         meter: gets the time that adding to moments takes.
         blocks: of the network, if they are to run compiled; not with `gradients`.
-        scales: of calls whose gradients were gathered before, for another package; others are added.
+        calls: those to differentiate for `gradients`, the same for all packages; all if None.
         replay: of the network, if its forwards are to be replayed where they can be.
-        share: of the forwards, to differentiate for `gradients`.
     """
     assert blocks is None or kind != "gradients", "hooks on outputs would break the blocks' graphs"
     device = next(network.parameters()).device
@@ -91,25 +89,29 @@ def watch(
     handles += [g.targets[0].module.register_forward_pre_hook(before_layer(adding(g))) for g in outside]
     of_blocks = blocks.gathering([(g.targets[0], adding(g)) for g in inside]) if blocks is not None else nullcontext()
     try:
-        with of_blocks, replay.replaying(meter) if replay is not None else nullcontext():
-            if kind != "gradients":
+        if kind != "gradients":
+            with of_blocks, replay.replaying(meter) if replay is not None else nullcontext():
                 yield moments, tokens.next_batch
-                return
-            for g in groups:
-                moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
-            with gradients.watch(
+            return
+        for g in groups:
+            moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
+        differentiated = calls or gradients.Calls(1.0)
+        with (
+            gradients.watch(
                 network,
                 [target for g in groups for target in g.targets],
-                lambda found, squares, scale: coupled.add(found, squares, scale, weight),
-                {} if scales is None else scales,
-                share,
-            ) as of_gradients:
+                lambda found, squares, scale: coupled.add(found, squares, scale, weight if live is None else live),
+                differentiated,
+                coupled.forget,
+            ),
+            replay.replaying(meter, lambda: differentiated.differentiated) if replay is not None else nullcontext(),
+        ):
 
-                def next_batch(prompt: int) -> None:
-                    tokens.next_batch(prompt)
-                    of_gradients(prompt)
+            def next_batch(prompt: int) -> None:
+                tokens.next_batch(prompt)
+                differentiated.next_batch(prompt)
 
-                yield moments, next_batch
+            yield moments, next_batch
     finally:
         for handle in handles:
             handle.remove()

@@ -14,15 +14,18 @@ large as in the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree
 
-from compressor.calibration import influence
+from compressor.calibration import influence, replay
 from compressor.structure import Target
 
 SHARE = 1 / 6
@@ -32,11 +35,6 @@ LEAST = 200
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels that are differentiated: without cuDNN's, whose backward pass failed on an H200 (torch 2.11, float16)."""
-
-
-Scales = dict[tuple[int, int], Tensor]
-"""What a call's g g^T are multiplied by, by the first prompt of its batch and its number in that; float64 without
-dimensions, where the network is, so that no GPU is waited for."""
 
 
 Take = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], None]
@@ -49,84 +47,157 @@ def share_of(prompts: int, steps: int) -> float:
     return min(1.0, max(SHARE, LEAST / (prompts * steps)))
 
 
+class Calls:
+    """Which of a network's calls are differentiated, with which noise, and what makes gradients of all comparable.
+
+    Calls are chosen at random, but the first one, and so is the noise; both are the same every time. What differs from
+    call to call lies in tensors that are written before it, so that one that is replayed by a CUDA graph reads them.
+
+    Args:
+        share: of the calls.
+
+    Attributes:
+        differentiated: whether the current call is.
+        count: of those that were.
+        scales: what a call's g g^T are multiplied by, by the first prompt of its batch and its number in that; float64
+            without dimensions, where the network is, so that no GPU is waited for. Those of calls that are known, from
+            another package's pass over the same prompts, are kept, so that gradients of both compare.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._generator = torch.Generator()
+        self._noises: dict[Hashable, Tensor] = {}
+        self._noise: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._kind: Hashable = None
+        self.differentiated = False
+        self.count = 0
+        self.scales: dict[tuple[int, int], Tensor] = {}
+        self.next_batch(0)
+
+    def next_batch(self, prompt: int) -> None:
+        """Begins the batch with that first prompt, which decides what is drawn: whatever was sampled before."""
+        self._generator.manual_seed(prompt)
+        self._batch, self._call = prompt, -1
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins a call with these arguments."""
+        self._call += 1
+        chosen = torch.rand((), generator=self._generator).item() < self._share
+        self.differentiated = chosen or self._place == (0, 0)
+        if not self.differentiated:
+            return
+        self.count += 1
+        self._kind = replay.kind_of(args, kwargs)
+        self._noise = self._noises.get(self._kind)
+        if self._noise is not None:
+            self._noise.copy_(self._draw(self._noise), non_blocking=True)
+        if self._scale is not None:
+            self._scale.copy_(self.scales[self._place]) if self._place in self.scales else self._scale.fill_(math.nan)
+
+    def noise(self, output: Tensor) -> Tensor:
+        """N(0, 1) for each element of the network's output."""
+        if self._noise is None:
+            self._noise = self._draw(output).to(output, non_blocking=True)
+            if self._kind is not None:
+                self._noises[self._kind] = self._noise
+        return self._noise
+
+    def scale(self, found: Tensor) -> Tensor:
+        """What squared gradients are multiplied by: that of a call that is known, else what was found."""
+        if self._scale is None:
+            self._scale = self.scales.get(self._place, found).clone()
+        else:
+            self._scale.copy_(torch.where(self._scale.isnan(), found, self._scale))
+        return self._scale
+
+    def end(self) -> None:
+        """Ends a call, whose scale now is known."""
+        if self.differentiated and self._place not in self.scales:
+            assert self._scale is not None
+            self.scales[self._place] = self._scale.clone()
+        self.differentiated = False
+
+    def release(self) -> None:
+        """Ends a pass: its tensors are of no use to another, of a network that may have changed."""
+        self._noises.clear()
+        self._noise = self._scale = None
+        self.differentiated = False
+        self.next_batch(0)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._batch, self._call
+
+    def _draw(self, like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=self._generator)
+        return noise.pin_memory() if like.is_cuda else noise  # from where it is copied without waiting for the GPU
+
+
 @contextmanager
 def watch(
-    network: nn.Module, targets: Iterable[Target], take: Take, scales: Scales, share: float
-) -> Iterator[Callable[[int], None]]:
+    network: nn.Module, targets: Iterable[Target], take: Take, calls: Calls, forget: Callable[[], None] | None = None
+) -> Iterator[None]:
     """While it lasts, some calls of the network are differentiated by what their layers give out.
 
-    Only what runs after the first of the layers is recorded for it. The calls are chosen at random, but the first one,
-    and so is the noise; both are the same every time. What it gives is to be called before every batch with the number
-    of its first prompt, which decides both: whoever samples the batch, and whatever was sampled before.
+    Only what runs after the first of the layers is recorded for it. All of that happens within the network's forward,
+    for whoever wraps it later to record.
 
     Args:
         network: called without gradients, as pipelines do.
         targets: its layers.
-        take: is called after each of these calls.
-        scales: of calls that are known, as those of another package's pass over the same prompts, which make gradients
-            of both comparable; those of others are added.
-        share: of the calls.
+        take: is called at the end of each of these calls.
+        calls: which. `next_batch` is to be called before every batch by whoever samples it.
+        forget: is called after that, and where a call has failed.
     """
-    generator = torch.Generator().manual_seed(0)
-    kernels = ExitStack()
+    plain = network.forward
     outputs: dict[str, Tensor] = {}
-    differentiated, batch, call = False, 0, -1
-
-    def next_batch(prompt: int) -> None:
-        nonlocal batch, call
-        generator.manual_seed(prompt)
-        batch, call = prompt, -1
-
-    def before_network(*_: Any) -> None:
-        nonlocal differentiated, call
-        call += 1
-        differentiated = torch.rand((), generator=generator).item() < share or (batch, call) == (0, 0)
-        torch.set_grad_enabled(differentiated)
-        if differentiated:
-            kernels.enter_context(sdpa_kernel(ATTENTION))
 
     def after_layer(target: Target) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-            if not differentiated:
+            if not calls.differentiated:
                 return None
             outputs[target.name] = output if output.requires_grad else output.detach().requires_grad_()
             return outputs[target.name]
 
         return hook
 
-    def after_network(_module: nn.Module, _args: Any, result: Any) -> Any:
-        nonlocal differentiated
-        if not differentiated:
-            return None
-        output = result[0]
-        noise = torch.randn(output.shape, generator=generator)
-        if output.is_cuda:
-            noise = noise.pin_memory()  # from where it is copied without waiting for the GPU
-        noise = noise.to(output, non_blocking=True)
-        grads = torch.autograd.grad(output, list(outputs.values()), noise, allow_unused=True)
-        torch.set_grad_enabled(False)
-        kernels.close()
-        found = {
-            name: torch.zeros_like(output) if grad is None else grad
-            for (name, output), grad in zip(outputs.items(), grads, strict=True)
-        }
-        squares = {name: influence.squares(grad) for name, grad in found.items()}
-        if (batch, call) not in scales:
-            scales[batch, call] = _scale(found.values(), squares.values())
-        outputs.clear()
-        take(found, squares, scales[batch, call])
-        differentiated = False
-        return (output.detach(), *result[1:]) if isinstance(result, tuple) else None
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not calls.differentiated:
+            return plain(*args, **kwargs)
+        try:
+            with torch.enable_grad(), sdpa_kernel(ATTENTION):
+                result = plain(*args, **kwargs)
+                noise = calls.noise(result[0])
+                grads = torch.autograd.grad(result[0], list(outputs.values()), noise, allow_unused=True)
+            found = {
+                name: torch.zeros_like(output) if grad is None else grad
+                for (name, output), grad in zip(outputs.items(), grads, strict=True)
+            }
+            outputs.clear()
+            squares = {name: influence.squares(grad) for name, grad in found.items()}
+            take(found, squares, calls.scale(_scale(found.values(), squares.values())))
+        finally:
+            outputs.clear()
+            if forget is not None:
+                forget()
+        return _pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    handles = [network.register_forward_pre_hook(before_network), network.register_forward_hook(after_network)]
+    handles = [
+        network.register_forward_pre_hook(lambda _module, args, kwargs: calls.begin(args, kwargs), with_kwargs=True),
+        network.register_forward_hook(lambda *_: calls.end()),
+    ]
     handles += [target.module.register_forward_hook(after_layer(target)) for target in targets]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        yield next_batch
+        with replay.calling(network, forward):
+            yield
     finally:
-        kernels.close()
+        calls.release()
         for handle in handles:
             handle.remove()
         for parameter in frozen:

@@ -1,7 +1,8 @@
 """Replays a network's forwards by CUDA graphs: Python takes as long to launch their kernels as a GPU to run them.
 
-What hooks inside the network make of its layers' inputs is recorded with it, and so repeated. Hooks on the network
-itself run as ever, before and after: there is told what differs from forward to forward.
+What hooks inside the network make of its layers' inputs is recorded with it, and so repeated, and so is the backward
+pass of a forward that is differentiated. Hooks on the network itself run as ever, before and after: there is told what
+differs from forward to forward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from compressor.calibration.timing import Events, Meter
 T = TypeVar("T")
 
 MOST = 4
-"""Graphs kept, one for each kind of arguments: batches of full size and the last one."""
+"""Graphs kept, one for each kind of arguments: batches of full size and the last one. As many of backward passes."""
 
 BEFORE = 2
 """Forwards of a kind that run before one is recorded: in the first, kernels are compiled, the second is watched."""
@@ -52,40 +53,52 @@ class Replay:
     """A network whose forwards can be replayed, if nothing in them asks for a number that is on the GPU.
 
     Attributes:
-        problem: why they are not, once that is known.
-        recorded: whether any was recorded in the last pass.
+        problem: why none is, once that is known.
+        problem_of_differentiated: why those that are differentiated are not, though others may be.
+        recorded: which were in the last pass, and have not been given up since: with True in it, some that are
+            differentiated, with False, some others.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self.problem: str | None = None
-        self.recorded = False
+        self.problem_of_differentiated: str | None = None
+        self.recorded: set[bool] = set()
 
     @contextmanager
-    def replaying(self, meter: Meter) -> Iterator[None]:
+    def replaying(self, meter: Meter, differentiated: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """While it lasts, a forward with arguments as two before it had is recorded, and all further ones replayed.
 
-        Forwards that are differentiated are not, nor any with arguments that are neither tensors on the current GPU nor
-        plain constants. What is recorded is forgotten at the end.
+        Forwards are not that are called with gradients, nor any with arguments that are neither tensors on the current
+        GPU nor plain constants. What is recorded is forgotten at the end.
 
         Args:
             meter: is told of the blocks that are timed in a replay.
+            differentiated: whether the current forward has a backward pass inside, without which others are recorded.
         """
         plain = self._network.forward
-        own = "forward" in self._network.__dict__
         seen: dict[Hashable, int] = {}
-        recorded: dict[Hashable, _Recorded] = {}
-        self.recorded = False
+        # of either kind in memory of its own: what is given up leaves nothing in the other's
+        graphs: dict[bool, dict[Hashable, _Recorded]] = {False: {}, True: {}}
+        self.recorded.clear()
+
+        def stop(backward: bool, problem: str) -> None:
+            self._stop(backward, problem)
+            for kind in (False, True):
+                if kind not in self.recorded:
+                    graphs[kind].clear()
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.problem is not None or torch.is_grad_enabled():
+            backward = differentiated()
+            if self.why_not(backward) is not None or torch.is_grad_enabled():
                 return plain(*args, **kwargs)
             leaves, spec = _pytree.tree_flatten((args, kwargs))
-            key = _kind(leaves, spec)
-            if key is None:
-                self.problem = "it is given what is neither a tensor on the current GPU nor a plain constant"
+            kind = _kind(leaves, spec)
+            if kind is None:
+                stop(False, "it is given what is neither a tensor on the current GPU nor a plain constant")
                 return plain(*args, **kwargs)
+            key, recorded = (backward, kind), graphs[backward]
             if key not in recorded:
                 seen[key] = seen.get(key, 0) + 1
                 if seen[key] < BEFORE or len(recorded) == MOST:
@@ -93,30 +106,68 @@ class Replay:
                 if seen[key] == BEFORE:
                     result, waits = watched(lambda: plain(*args, **kwargs))
                     if waits:
-                        self.problem = "something in it waits for the GPU"
+                        stop(backward, "something in it waits for the GPU")
                     return result
                 pool = next(iter(recorded.values())).graph.pool() if recorded else None
                 found = _try(lambda: _record(plain, leaves, spec, meter, pool))
                 if isinstance(found, str):  # such as that memory ran out, of which the forward itself may have enough
-                    self.problem = found
+                    stop(backward, found)
                     return plain(*args, **kwargs)
                 recorded[key] = found
-                self.recorded = True
+                self.recorded.add(backward)
             return _replay(recorded[key], leaves, meter)
 
-        self._network.forward = forward
         try:
-            yield
+            with calling(self._network, forward):
+                yield
         finally:
-            if own:
-                self._network.forward = plain
-            else:
-                del self._network.forward
-            recorded.clear()
+            for recorded in graphs.values():
+                recorded.clear()
+
+    def why_not(self, differentiated: bool) -> str | None:
+        """Why such forwards are not replayed, once that is known."""
+        return self.problem or (self.problem_of_differentiated if differentiated else None)
+
+    def give_up(self, problem: str) -> bool:
+        """Replays no more of what was recorded in the last pass: of differentiated forwards, which take most, else all.
+
+        Returns:
+            Whether there was any.
+        """
+        if not self.recorded:
+            return False
+        self._stop(True in self.recorded, problem)
+        return True
+
+    def _stop(self, differentiated: bool, problem: str) -> None:
+        if differentiated:
+            self.problem_of_differentiated = problem
+            self.recorded.discard(True)
+        else:
+            self.problem = problem
+            self.recorded.clear()
+
+
+@contextmanager
+def calling(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, that is the network's forward."""
+    own = network.__dict__.get("forward")
+    network.forward = forward
+    try:
+        yield
+    finally:
+        if own is not None:
+            network.forward = own
+        else:
+            del network.forward
+
+
+def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """What arguments that can share a graph have in common; None if there can be none for them."""
+    return _kind(*_pytree.tree_flatten((args, kwargs)))
 
 
 def _kind(leaves: list[Any], spec: _pytree.TreeSpec) -> Hashable:
-    """What arguments that can share a graph have in common; None if there can be none for them."""
     found: list[Hashable] = [str(spec)]
     for leaf in leaves:
         if isinstance(leaf, Tensor) and _on_current_gpu(leaf):

@@ -21,8 +21,8 @@ class Meter:
     On the CPU by the clock. On a GPU between two events on the stream, so that nothing is waited for until `settle` is
     called, where the GPU has been waited for anyway; if it ran dry inside a block, that counts too. There the first
     forward is timed, in which kernels are compiled, and one in `EVERY` of the others, each of which stands for as many.
-    Of forwards that are replayed, the last before `settle` stands for all since the one before. Blocks that are rare
-    are timed each.
+    Of forwards that are replayed by one graph, the last before `settle` stands for all since the one before. Blocks
+    that are rare are timed each where they are not replayed.
     """
 
     def __init__(self, device: torch.device) -> None:

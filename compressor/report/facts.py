@@ -237,6 +237,7 @@ class CalibrationFacts:
         batch: prompts at a time, after backing off for memory.
         packages: into how many groups the layers were cut, each calibrated on the ones before it pruned.
         forwards: forwards of the component, over all packages.
+        differentiated: of these, those with a backward pass, which alone were gathered; 0 if gradients were not.
         tokens: tokens that entered the moments, over all inputs.
         nonfinite: by layer name, how many tokens were skipped because they were not finite; only where any were.
 
@@ -248,6 +249,7 @@ class CalibrationFacts:
     batch: int
     packages: int
     forwards: int
+    differentiated: int
     tokens: int
     nonfinite: dict[str, int] = field(default_factory=dict)
 

@@ -18,13 +18,13 @@ from compressor.bench import forwards, models, networks, prune, subjects, timing
 from compressor.bench.models import MODELS
 from compressor.bench.subjects import Asked
 from compressor.bench.timing import Times
-from compressor.calibration import Moments, compiled
+from compressor.calibration import Moments, compiled, kernels
 from compressor.cli import main
 from compressor.entries import enter
 from compressor.errors import CompressorError
 from compressor.structure import compile_blocks
 from compressor.units import DASH, duration
-from tests import tiny
+from tests import cpu_graph, tiny
 from tests.bench.test_shrunk import TINY
 
 CASES = ("unstructured 50 %", "2:4", "structured 30 %")
@@ -440,6 +440,32 @@ def test_a_row_that_cannot_be_replayed_says_why(monkeypatch):
         f"\n| plain, replayed | {DASH} | {DASH} | not replayed: it waits | {DASH} | {DASH} | {DASH} |" in found.output
     )
     assert re.search(r"all layers \| \d+ \| [^|]+ \| not replayed: it waits \|", found.output)
+
+
+@pytest.mark.parametrize("recordable", [True, False])
+def test_differentiated_forwards_are_timed_as_a_run_replays_them(recordable, monkeypatch):
+    replayed = cpu_graph.use(monkeypatch)
+    if not recordable:
+        monkeypatch.setattr(kernels, "of", lambda _: None)  # so that numbers are asked for
+    during: dict[str, list[bool]] = {}
+
+    def in_turns(calls, repeats, in_a_row, warmups, device, around, advance):
+        for name, call in calls.items():
+            with around(name):
+                replayed.clear()
+                call()
+                during[name] = list(replayed)
+        return {name: Times((1.0,), (0.0,)) for name in calls}
+
+    monkeypatch.setattr(prune, "in_turns", in_turns)
+    recipe_of("sd2", "[{obs_diff: {sparsity: 0.5, objective: network, solver: admm}}]", ", packages: 2")
+    found = call("r.yaml --at tiny-sd3 --size 32 --layers 1")
+    assert found.exit_code == 0, found.output
+    gathering = {name: what for name, what in during.items() if name.endswith("differentiated")}
+    assert during["plain, replayed"] == [False]
+    told = re.findall(r", differentiated \| \d+ \| [^|]+ \| not replayed: aten::_local_scalar_dense: ", found.output)
+    assert list(gathering.values()) == ([[True]] * 4 if recordable else [])
+    assert len(told) == (0 if recordable else 4)
 
 
 def test_what_a_pruner_warns_of_is_said(monkeypatch):

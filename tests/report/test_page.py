@@ -73,7 +73,7 @@ def test_whatever_the_user_wrote_is_escaped(report: Report, samples: Samples):
         layers=(make_row(f"{evil}.x", block=evil, part=evil, role=evil, stream=evil, pruner=evil, notes=(evil,)),),
         times={evil: 1.0},
         peak_memory={evil: 1},
-        calibration=CalibrationFacts(1, 1, 1.0, 1, 1, 1, 1, {evil: 1}),
+        calibration=CalibrationFacts(1, 1, 1.0, 1, 1, 1, 1, 1, {evil: 1}),
         metrics={evil: {evil: 1.0}},
         exports=(ExportFacts(evil, {evil: 1}, {evil: evil}),),
         structure=Structure((make_group(name=f"{evil}.x", block=evil, kind=evil),), (evil,), ()),
@@ -194,6 +194,7 @@ def test_times_memory_calibration_exports_versions_and_warnings_are_told(page: P
         "load 1.2 s calibrate 3 min 20 s together 3 min 21 s",
         "Peak memory, CPU resident 1.40 GB",
         "Prompts 128, 16 at a time Sampling 20 steps, guidance 3 Packages 4",
+        "Forwards of the transformer 640, of which 107 differentiated Tokens gathered",
         "Tokens skipped as not finite 7",
         "transformer_blocks.0.attn.to_q 7",
         "onnx, 2.5 s onnx/transformer.onnx 18.4 MB shapes 1, largest 1e-06 2:4 yes",
@@ -202,6 +203,13 @@ def test_times_memory_calibration_exports_versions_and_warnings_are_told(page: P
     ):
         assert words in page.text
     assert "GPU" not in page.text.replace("NVIDIA GPUs", "")
+
+
+def test_where_no_gradients_were_gathered_forwards_are_just_counted(report: Report):
+    assert report.calibration is not None
+    plain = dataclasses.replace(report.calibration, differentiated=0)
+    page = Page(render(dataclasses.replace(report, calibration=plain), None))
+    assert "Forwards of the transformer 640 Tokens gathered" in page.text
 
 
 def test_the_recipe_can_be_copied_from_the_page(report: Report):
