@@ -15,10 +15,10 @@ from compressor_obs_diff.weightings import LogDecrease
 from torch import Tensor, nn
 
 from compressor.calibration import Group, Moments, Package, curvature, gathering, gradients, influence
+from compressor.calibration.calls import Calls
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients, blocks_of
 from compressor.calibration.timing import Meter
-from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 from compressor.structure import Target
 from tests import tiny
@@ -123,7 +123,7 @@ def test_a_call_whose_gradients_overflow_is_scaled_by_those_that_do_not():
     ("prompts", "steps", "share"), [(100, 25, 1 / 6), (60, 20, 1 / 6), (40, 10, 0.5), (20, 10, 1), (2, 4, 1)]
 )
 def test_a_sixth_of_the_calls_is_differentiated_and_more_where_there_are_few(prompts, steps, share):
-    assert gradients.share_of(prompts, steps) == pytest.approx(share)
+    assert gradients.share_of(prompts, steps, 1.0) == pytest.approx(share)
 
 
 def test_a_share_of_the_calls_and_always_the_first_are_differentiated_and_the_same_ones_again():
@@ -215,7 +215,7 @@ def couple(x: Tensor, given: dict[str, Tensor], scale: float, weight: float) -> 
     moments = Moments.empty(x.shape[-1], True, x.device)
     moments.gradients = {name: Gradients.empty(gradient.shape[-1], x.device) for name, gradient in given.items()}
     groups = [Group("input", targets)]
-    coupled = Coupled(groups, {"input": moments}, Tokens(1.0, 0), Meter(x.device))
+    coupled = Coupled(groups, {"input": moments}, Meter(x.device))
     coupled.keeping(groups[0])(x)
     squares = {name: influence.squares(gradient) for name, gradient in given.items()}
     coupled.add(given, squares, torch.tensor(scale, dtype=torch.float64), weight)
@@ -295,7 +295,7 @@ def test_an_input_that_is_overwritten_before_its_gradients_are_known_is_told():
     x = torch.ones(1, 4, 3)
     moments = Moments.empty(3, True, x.device)
     targets = tuple(targets_of(Two())[:1])
-    coupled = Coupled([Group("input", targets)], {"input": moments}, Tokens(1.0, 0), Meter(x.device))
+    coupled = Coupled([Group("input", targets)], {"input": moments}, Meter(x.device))
     coupled.keeping(Group("input", targets))(x)
     x.add_(1)
     with pytest.raises(
@@ -333,7 +333,10 @@ def test_harms_of_two_layers_compare_as_the_errors_of_the_networks_output_that_t
     meter = Meter(torch.device("cpu"))
     with (
         torch.no_grad(),
-        gathering.watch(network, package, "gradients", lambda _: 1.0, Tokens(share, 0), meter) as (moments, next_batch),
+        gathering.watch(network, package, "gradients", lambda _: 1.0, Calls(1.0, 0, 60), meter, share=share) as (
+            moments,
+            next_batch,
+        ),
     ):
         generator = torch.Generator().manual_seed(0)
         next_batch(0)

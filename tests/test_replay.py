@@ -109,13 +109,24 @@ def test_the_third_forward_of_a_kind_is_recorded_and_all_further_ones_are_replay
     assert "forward" not in network.__dict__
 
 
+@torch.no_grad()
+def test_forwards_that_are_summed_and_others_are_recorded_apart(network):
+    meter, replays = Counter(), []
+    summed = iter([False, True, False, True, False, False, True, True])
+    with Replay(network).replaying(meter, lambda: next(summed)):
+        for _ in range(8):
+            network(torch.ones(1), torch.tensor(1.0), return_dict=False)
+            replays.append(meter.replays)
+    assert replays == [0, 0, 0, 0, 1, 2, 3, 4]  # from the third of either kind on
+
+
 @pytest.mark.parametrize("what", ["differentiated", "a number", "too many kinds"])
 def test_some_forwards_are_run_as_ever(network, what):
     meter = Counter()
     with Replay(network).replaying(meter), torch.set_grad_enabled(what == "differentiated"):
         for i in range(8):
             timestep: Any = 1.0 if what == "a number" else torch.tensor(1.0)
-            for size in range(8) if what == "too many kinds" else (1,):
+            for size in range(12) if what == "too many kinds" else (1,):
                 assert network(torch.ones(1 + size), timestep, return_dict=False)[0].tolist() == [3.0] * (1 + size)
             if what == "too many kinds":
                 assert meter.replays == max(i - 1, 0) * replay.MOST
@@ -277,7 +288,7 @@ def test_where_memory_runs_out_what_is_recorded_goes_before_the_batch_is_halved(
 def gathered(kind: str, moments: MomentKind, **options: Any) -> tuple[dict[str, Moments], Any]:
     loaded = pipeline.load(Model(source=str(tiny.folder(kind, torch.float16))), "cuda")
     with pipeline.current(loaded.device):
-        calibration = tiny.calibrate(loaded, steps=5, packages=1, **options)
+        calibration = tiny.calibrate(loaded, steps=8, packages=1, **options)
         (package,) = calibration.packages(loaded.targets, moments)
         return calibration.collect(package, moments, Growing()), calibration.facts
 
@@ -287,13 +298,24 @@ def gathered(kind: str, moments: MomentKind, **options: Any) -> tuple[dict[str, 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("moments", "tokens"), [("second", 1.0), ("second", 0.5), ("norms", 1.0), ("gradients", 1.0)])
 @pytest.mark.parametrize("kind", ["sd3", "sd2", "flux"])
-def test_moments_of_replayed_forwards_are_those_of_forwards_that_are_run(kind, moments, tokens, compiled):
+def test_moments_of_replayed_forwards_are_those_of_forwards_that_are_run(kind, moments, tokens, compiled, monkeypatch):
     if compiled and (moments == "gradients" or kind == "flux"):
         pytest.skip("gradients are not gathered in compiled blocks; two families are enough")
     options = {"tokens": tokens, "compile": compiled, "guidance": 1.0 if kind == "flux" else 3.0}
     plain, _ = gathered(kind, moments, cuda_graphs=False, **options)
+    timed: list[int] = []
+    record = replay._record
+
+    def recording(*args: Any) -> replay._Recorded:
+        recorded = record(*args)
+        timed.append(len(recorded.events))
+        return recorded
+
+    monkeypatch.setattr(replay, "_record", recording)
     found, facts = gathered(kind, moments, **options)
     assert not facts.warnings
+    if moments != "gradients":  # graphs of two prompts and of one, and both of forwards without moments
+        assert sorted(timed) == [0] * (2 if tokens < 1 else 0) + [len(plain)] * 2
     assert 0 < facts.moment_seconds < facts.seconds
     for name, expected in plain.items():
         assert torch.equal(found[name].tokens, expected.tokens)

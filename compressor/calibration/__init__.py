@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import gathering, gradients, kernels, replay, sampling
+from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
 from compressor.calibration.gradients import Scales
@@ -21,7 +22,6 @@ from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.replay import Replay
 from compressor.calibration.timing import Meter
-from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
 from compressor.plugin import MomentKind, Schedule, Weighting
@@ -42,7 +42,7 @@ class Facts:
     Attributes:
         prompts: how many are sampled.
         forwards: calls of the network.
-        tokens: tokens summed, over all groups; with a share of them, those drawn.
+        tokens: tokens summed, over all groups.
         skipped: layers whose input had tokens that were not finite, and how many.
         batch: prompts at a time, after any halving.
         packages: passes made.
@@ -143,7 +143,7 @@ class Calibration:
         self._trace = trace
         self._options = options
         self._progress = progress
-        self._token_seed = sampling.noise_seed(seed, "tokens", 0)
+        self._seed = seed
         self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
         self._prompts = len(prompts)
         self._ranks = ranks
@@ -319,9 +319,8 @@ class Calibration:
         self.facts.batch = batch
 
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
-        batch = self.facts.batch
+        options, batch = self._options, self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
-        tokens = Tokens(self._options.tokens, self._token_seed)
         weigh = self._weigher(weighting)
         with (
             gathering.watch(
@@ -329,12 +328,12 @@ class Calibration:
                 package,
                 kind,
                 weigh,
-                tokens,
+                Calls(options.tokens, self._seed, options.steps),
                 meter,
                 self._blocks,
                 self._scales,
                 self._replay,
-                gradients.share_of(self._prompts, self._options.steps),
+                gradients.share_of(self._prompts, options.steps, options.tokens),
             ) as (moments, next_batch),
             self._progress.task(title, total=len(self._encoded)) as advance,
         ):
@@ -407,34 +406,33 @@ def explain_rank(
 ) -> str | None:
     """A warning if some layers see fewer distinct tokens than they have inputs, or None.
 
-    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step. Of
-    a share of its tokens other ones are drawn at every step. An adaLN linear's is made of the timestep and of the
-    prompt, so that of the empty prompt is the same for all samples.
+    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step. An
+    adaLN linear's is made of the timestep and of the prompt, so that of the empty prompt is the same for all samples.
 
     Args:
         targets: the layers.
         trace: tells the tokens of each.
-        kind: which moments are collected; with `gradients`, inputs are summed in some of the calls only.
+        kind: which moments are collected; with `gradients`, inputs are summed in few of the calls.
         prompts: how many are sampled.
         steps: inference steps.
         guided: whether every prompt is joined by the empty one, which is the same for all of them.
-        share: of the tokens that are summed in a forward.
+        share: of the calls that are summed, at the most.
     """
     copies = 2 if guided else 1
 
     def tokens_of(target: Target, prompts: int) -> float:
-        called = steps * (gradients.share_of(prompts, steps) if kind == "gradients" else 1)
+        summed = gradients.share_of(prompts, steps, share) if kind == "gradients" else share
+        called = steps * max(summed, 1 / (prompts * steps))  # one call always is
         constant = target.name in trace.constant
         alone = constant or target.layer.part == "adaln"  # of the noise, so that all empty prompts give the same
         texts = prompts + copies - 1 if alone else prompts * copies
-        drawn = max(1, round(share * trace.tokens[target.name])) * called
-        return texts * (min(drawn, trace.tokens[target.name]) if constant else drawn)
+        return texts * trace.tokens[target.name] * (min(called, 1.0) if constant else called)
 
     short = [target for target in targets if tokens_of(target, prompts) < target.inputs]
     if not short:
         return None
     worst = min(short, key=lambda target: tokens_of(target, prompts) / target.inputs)
-    enough = next(count for count in itertools.count(prompts + 1) if tokens_of(worst, count) >= worst.inputs)
+    enough = bisect_left(range(10**12), worst.inputs, lo=prompts + 1, key=lambda count: tokens_of(worst, count))
     return (
         f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping "
         f"decides: {worst.name} sees {round(tokens_of(worst, prompts))} for {worst.inputs} inputs; about "

@@ -44,9 +44,15 @@ Take = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], None]
 multiplied by."""
 
 
-def share_of(prompts: int, steps: int) -> float:
-    """The share of the calls that are differentiated, where so many prompts are sampled in so many steps."""
-    return min(1.0, max(SHARE, LEAST / (prompts * steps)))
+def share_of(prompts: int, steps: int, most: float) -> float:
+    """The share of the calls that are differentiated, where so many prompts are sampled in so many steps.
+
+    Args:
+        prompts: in all.
+        steps: of each.
+        most: the share that may be summed.
+    """
+    return min(most, max(SHARE, LEAST / (prompts * steps)))
 
 
 @contextmanager

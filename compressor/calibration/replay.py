@@ -22,8 +22,8 @@ from compressor.calibration.timing import Events, Meter
 
 T = TypeVar("T")
 
-MOST = 4
-"""Graphs kept, one for each kind of arguments: batches of full size and the last one."""
+MOST = 8
+"""Graphs kept, one for each kind of forward: with moments and without, in batches of full size and in the last one."""
 
 BEFORE = 2
 """Forwards of a kind that run before one is recorded: in the first, kernels are compiled, the second is watched."""
@@ -62,14 +62,17 @@ class Replay:
         self.recorded = False
 
     @contextmanager
-    def replaying(self, meter: Meter) -> Iterator[None]:
-        """While it lasts, a forward with arguments as two before it had is recorded, and all further ones replayed.
+    def replaying(self, meter: Meter, summed: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """While it lasts, a forward of the kind of two before it is recorded, and all further ones replayed.
+
+        Of one kind are those whose arguments are alike, and that are all summed or all not.
 
         Forwards that are differentiated are not, nor any with arguments that are neither tensors on the current GPU nor
         plain constants. What is recorded is forgotten at the end.
 
         Args:
             meter: is told of the blocks that are timed in a replay.
+            summed: whether the forward that begins adds to moments.
         """
         plain = self._network.forward
         own = "forward" in self._network.__dict__
@@ -82,10 +85,11 @@ class Replay:
             if self.problem is not None or torch.is_grad_enabled():
                 return plain(*args, **kwargs)
             leaves, spec = _pytree.tree_flatten((args, kwargs))
-            key = _kind(leaves, spec)
-            if key is None:
+            arguments = _kind(leaves, spec)
+            if arguments is None:
                 self.problem = "it is given what is neither a tensor on the current GPU nor a plain constant"
                 return plain(*args, **kwargs)
+            key = arguments, summed()
             if key not in recorded:
                 seen[key] = seen.get(key, 0) + 1
                 if seen[key] < BEFORE or len(recorded) == MOST:
