@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from compressor.calibration import Moments, explain_rank, gradients
+from compressor.calibration import Calibration, Moments, explain_rank, gradients
 from compressor.calibration.calls import Calls
 from compressor.plugin import MomentKind
+from compressor.ranks import ALONE, Ranks
 from compressor.recipe import Calibration as Options
 from tests import tiny
 from tests.test_moments import Growing, Recorder, assert_near, explicit
@@ -105,6 +106,46 @@ def test_all_packages_take_the_same_calls():
         assert int(apart[name].tokens) == int(moments.tokens)
         assert apart[name].weight == moments.weight
         torch.testing.assert_close(apart[name].squares_I, moments.squares_I, rtol=1e-4, atol=0)
+
+
+class Apart(Ranks):
+    """One of two processes that never meet, so that each keeps its own sums."""
+
+    def meet(self) -> None:
+        """At once."""
+
+    def add(self, tensor: Tensor, owner: int | None = None) -> None:
+        """Nothing."""
+
+    def gather(self, thing: Any) -> list[Any]:
+        """Of itself."""
+        return [thing]
+
+
+def test_processes_that_share_the_batches_take_the_calls_that_one_takes():
+    loaded = tiny.load("sd3")
+    options = Options.model_validate(
+        {
+            "prompts": ["a"],
+            "batch": 1,
+            "steps": 6,
+            "guidance": 3.0,
+            "height": tiny.SIDE,
+            "width": tiny.SIDE,
+            "packages": 1,
+            "tokens": 0.4,
+        }
+    )
+    found: list[dict[str, Moments]] = []
+    for ranks in (ALONE, Apart(0, 2), Apart(1, 2)):
+        calibration = Calibration(loaded, tiny.traced(loaded), options, tiny.PROMPTS[:3], 0, tiny.quiet(), ranks)
+        (package,) = calibration.packages(loaded.targets, "second")
+        found.append(calibration.collect(package, "second", Growing()))
+    alone, first, second = found
+    for name, moments in alone.items():
+        assert 0 < int(second[name].tokens) < int(moments.tokens)
+        assert int(first[name].tokens) + int(second[name].tokens) == int(moments.tokens)
+        assert float(first[name].weight + second[name].weight) == pytest.approx(float(moments.weight))
 
 
 @pytest.mark.parametrize("kind", ["second", "gradients"])
