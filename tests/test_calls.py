@@ -26,7 +26,7 @@ def drawn(calls: Calls, prompt: int, count: int) -> list[float]:
 
 @pytest.mark.parametrize(("share", "stretch"), [(1.0, 1), (0.5, 2), (0.25, 4), (0.125, 8)])
 def test_one_call_is_drawn_of_every_stretch_and_every_place_in_it(share, stretch):
-    times = drawn(Calls(share, 0, 10**6), 4, 50 * stretch)
+    times = drawn(Calls(share, 0, 10**6, 4), 4, 50 * stretch)
     places = set()
     for start in range(0, len(times), stretch):
         (place,) = [i for i in range(stretch) if times[start + i]]
@@ -41,25 +41,34 @@ def test_on_average_every_call_stands_for_one_and_those_of_a_stretch_that_the_ba
     count, seeds = 10, 6000
     sums = [0.0] * count
     for seed in range(seeds):
-        sums = [s + times for s, times in zip(sums, drawn(Calls(share, seed, count), prompt, count), strict=True)]
+        sums = [s + times for s, times in zip(sums, drawn(Calls(share, seed, count, 8), prompt, count), strict=True)]
     within = 5 * (1 / share / seeds) ** 0.5  # five times what a mean of so many scatters
     assert all(abs(s / seeds - 1) < within for s in sums)
 
 
+@pytest.mark.parametrize(("share", "batches"), [(1.0, 1), (0.5, 2), (0.25, 4), (0.4, 5), (0.1, 10)])
+def test_in_a_row_of_batches_every_call_is_drawn_as_often_as_any_other(share, batches):
+    """Whole stretches or not."""
+    calls, sums = Calls(share, 3, 10**6, 2), [0.0] * 10
+    for prompt in range(2, 2 + 2 * batches, 2):
+        sums = [s + times for s, times in zip(sums, drawn(calls, prompt, 10), strict=True)]
+    assert sums == pytest.approx([batches] * 10)
+
+
 def test_what_is_drawn_is_decided_by_the_seed_and_the_first_prompt_whatever_was_drawn_before():
-    calls = Calls(0.25, 0, 20)
+    calls = Calls(0.25, 0, 20, 4)
     first = drawn(calls, 8, 40)
     other = drawn(calls, 12, 40)
     assert other != first
     assert drawn(calls, 8, 40) == first
-    assert drawn(Calls(0.25, 1, 20), 8, 40) != first
-    assert drawn(Calls(0.25, 0, 5), 8, 40) == first
+    assert drawn(Calls(0.25, 1, 20, 4), 8, 40) != first
+    assert drawn(Calls(0.25, 0, 5, 4), 8, 40) == first
 
 
 def test_however_small_the_share_is_a_call_of_the_first_batch_is_drawn():
     others = 0
     for seed in range(200):
-        calls = Calls(0.02, seed, 4)
+        calls = Calls(0.02, seed, 4, 4)
         assert sorted(drawn(calls, 0, 4)) == [0, 0, 0, 4]
         others += any(drawn(calls, 4, 4))
     assert 2 <= others <= 40  # 2 % of 800 calls
@@ -79,7 +88,7 @@ def collect(kind: MomentKind, packages: int = 1, record: bool = False, **options
 def test_the_drawn_calls_are_summed_whole_by_their_steps_weights_times_what_they_stand_for(kind: MomentKind):
     """Two batches, of two prompts and of one."""
     found, calibration, recorder = collect(kind, record=True, steps=6, tokens=0.4)
-    calls = Calls(0.4, 0, 6)
+    calls = Calls(0.4, 0, 6, 2)
     times = drawn(calls, 0, 6) + drawn(calls, 2, 6)
     assert 0 in times
     assert calibration.facts.forwards == 12

@@ -333,7 +333,7 @@ def test_harms_of_two_layers_compare_as_the_errors_of_the_networks_output_that_t
     meter = Meter(torch.device("cpu"))
     with (
         torch.no_grad(),
-        gathering.watch(network, package, "gradients", lambda _: 1.0, Calls(1.0, 0, 60), meter, share=share) as (
+        gathering.watch(network, package, "gradients", lambda _: 1.0, Calls(1.0, 0, 60, 1), meter, share=share) as (
             moments,
             next_batch,
         ),

@@ -235,7 +235,7 @@ class _Bench:
             load.package,
             load.kind,
             lambda timestep: 1.0 + counter.step(timestep),
-            Calls(1 / load.stretch, 0, load.stretch),
+            Calls(1 / load.stretch, 0, load.stretch, 1),
             meter,
             self._blocks if load.compiled else None,
             replay=self._replay,

@@ -328,7 +328,7 @@ class Calibration:
                 package,
                 kind,
                 weigh,
-                Calls(options.tokens, self._seed, options.steps),
+                Calls(options.tokens, self._seed, options.steps, batch),
                 meter,
                 self._blocks,
                 self._scales,

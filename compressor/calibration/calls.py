@@ -8,23 +8,27 @@ import random
 class Calls:
     """One call of every stretch of 1 / share calls of a batch, at random within it: some pipelines call twice a step.
 
+    From batch to batch it moves on by one, round the stretch, so that in 1 / share batches every call is drawn once.
     Whatever a batch's number of calls, each is drawn with the same chance, and where drawn stands for one over that.
 
     Args:
         share: of the calls, above 0; with 1 all are drawn.
         seed: decides which are drawn of all batches.
         steps: the fewest calls of a batch. In the first batch the share is at least 1 / steps, so that one is drawn.
+        batch: prompts of each.
     """
 
-    def __init__(self, share: float, seed: int, steps: int) -> None:
+    def __init__(self, share: float, seed: int, steps: int, batch: int) -> None:
         self._share = share
         self._seed = seed
         self._steps = steps
+        self._batch = batch
         self.next_batch(0)
 
     def next_batch(self, prompt: int) -> None:
         """From now on it is drawn for a batch that begins with that prompt: the same whatever was drawn before."""
-        self._random = random.Random(f"{self._seed} {prompt}")
+        self._random = random.Random(f"calls {self._seed}")
+        self._moved = prompt // self._batch * self._share
         self._chance = self._share if prompt else max(self._share, 1 / self._steps)
         self._call = self._stretch = 0
         self._next = self._draw()
@@ -45,6 +49,7 @@ class Calls:
 
     def _draw(self) -> int:
         """Which call, of the next stretch."""
-        place = int((self._stretch + self._random.random()) / self._chance)
+        within = (self._random.random() + self._moved) % 1
+        place = int((self._stretch + within) / self._chance)
         self._stretch += 1
         return place
