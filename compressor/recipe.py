@@ -82,8 +82,8 @@ class Calibration(Options):
         default=1.0,
         gt=0,
         le=1,
-        description="the share of an input's tokens that is summed in a forward, drawn anew each time; the sums are "
-        "scaled up to all of them",
+        description="the share of the tokens that is summed: all those of that share of the network's forwards, "
+        "which are drawn at random; where forwards are differentiated, the largest share of them",
     )
     packages: int | None = Field(
         default=None,

@@ -1,6 +1,6 @@
 """CUDA graphs on a CPU: operations are done again with the same tensors and the same numbers, as Python had them."""
 
-# Shapes: T tokens, K of them taken, I inputs.
+# Shapes: T tokens, I inputs.
 
 from __future__ import annotations
 
@@ -84,23 +84,20 @@ class Kernels:
     Sums = _Sums
 
     @staticmethod
-    def read(
-        x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool, root_K: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def read(x_TI: Tensor, total: bool, squares: bool, root_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens times their roots, and these."""
         del total, squares
-        x_KI = x_TI if place_K is None else x_TI[place_K]
-        root_K = torch.ones(len(x_KI)) if root_K is None else root_K
-        return x_KI * root_K[:, None], root_K
+        root_T = torch.ones(len(x_TI)) if root_T is None else root_T
+        return x_TI * root_T[:, None], root_T
 
     @staticmethod
     def settle(found: tuple[Tensor, Tensor], sums: _Sums, weight: float, live: Tensor | None = None) -> None:
         """Sums of tokens, and how many there were."""
-        (x_KI, root_K), factor = found, Kernels._factor(weight, live)
-        sums.tokens.add_(len(x_KI))
+        (x_TI, root_T), factor = found, Kernels._factor(weight, live)
+        sums.tokens.add_(len(x_TI))
         if sums.weight is not None and sums.total_I is not None:
-            sums.weight.add_(factor * root_K.square().sum())
-            sums.total_I.add_(factor * (root_K @ x_KI))
+            sums.weight.add_(factor * root_T.square().sum())
+            sums.total_I.add_(factor * (root_T @ x_TI))
 
     @staticmethod
     def multiply(
@@ -112,8 +109,8 @@ class Kernels:
         first: int = 0,
     ) -> None:
         """Sums of products."""
-        x_KI = found[0][:, first : first + len(second_II)]
-        second_II.add_(Kernels._factor(weight, live) * (x_KI.T @ x_KI))
+        x_TI = found[0][:, first : first + len(second_II)]
+        second_II.add_(Kernels._factor(weight, live) * (x_TI.T @ x_TI))
         if sums is not None:
             Kernels.settle(found, sums, weight, live)
 

@@ -4,7 +4,7 @@
 It multiplies no bfloat16.
 """
 
-# Shapes: T tokens, K of them drawn, I inputs, O outputs.
+# Shapes: T tokens, K of a block's outputs, I inputs, O outputs.
 
 from __future__ import annotations
 
@@ -37,59 +37,52 @@ def half(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("inputs", [24, 77])
-@pytest.mark.parametrize("drawn", [None, 50])
 @pytest.mark.parametrize("second", [True, False])
-def test_moments_are_those_that_explicit_sums_give(inputs, drawn, second):
+def test_moments_are_those_that_explicit_sums_give(inputs, second):
     x = half(3, 67, inputs)
     rows_TI = x.flatten(0, 1)
     for token, value in ((0, "nan"), (31, "inf"), (32, "-inf"), (200, "nan")):
         rows_TI[token, token % inputs] = float(value)
-    place_K = None if drawn is None else torch.randperm(201, generator=torch.Generator().manual_seed(1))[:drawn]
-    taken_KI = rows_TI if place_K is None else rows_TI[place_K]
-    good_KI = taken_KI[taken_KI.isfinite().all(1)]
+    good_TI = rows_TI[rows_TI.isfinite().all(1)]
     before = x.clone()
     moments = Moments.empty(inputs, second, CPU)
     for weight in (0.8, WEIGHT):
-        moments.add(x, weight, place_K)
+        moments.add(x, weight)
     moments.finish()
-    second_II, total_I, squares_I = explicit([good_KI, good_KI], [0.8, WEIGHT])
+    second_II, total_I, squares_I = explicit([good_TI, good_TI], [0.8, WEIGHT])
     assert_near(moments.total_I, total_I)
     assert_near(moments.squares_I, squares_I)
     assert (moments.second_II is not None) == second
     if moments.second_II is not None:
         assert_near(moments.second_II, second_II)
         assert torch.equal(moments.second_II, moments.second_II.T)
-    assert int(moments.tokens) == 2 * len(good_KI)
-    assert int(moments.skipped) == 2 * (len(taken_KI) - len(good_KI))
-    assert moments.weight.item() == pytest.approx(len(good_KI) * (0.8 + WEIGHT), rel=1e-14)
+    assert (int(moments.tokens), int(moments.skipped)) == (2 * 197, 2 * 4)
+    assert moments.weight.item() == pytest.approx(197 * (0.8 + WEIGHT), rel=1e-14)
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.parametrize("inputs", [24, 77])
-@pytest.mark.parametrize("drawn", [None, 50])
-def test_tokens_that_count_differently_are_summed_as_their_roots_say(inputs, drawn):
+def test_tokens_that_count_differently_are_summed_as_their_roots_say(inputs):
     x = half(3, 67, inputs)
     rows_TI = x.flatten(0, 1)
     for token, value in ((0, "nan"), (31, "inf"), (200, "-inf")):
         rows_TI[token, token % inputs] = float(value)
     root_T = torch.rand(201, generator=torch.Generator().manual_seed(2))
-    place_K = None if drawn is None else torch.randperm(201, generator=torch.Generator().manual_seed(1))[:drawn]
     moments = Moments.empty(inputs, True, CPU)
     for weight in (0.8, WEIGHT):
-        moments.add(x, weight, place_K, root_T=root_T)
+        moments.add(x, weight, root_T=root_T)
     moments.finish()
-    taken_KI, root_K = (rows_TI, root_T) if place_K is None else (rows_TI[place_K], root_T[place_K])
-    good_K = taken_KI.isfinite().all(1)
-    root_K = root_K[good_K]
+    good_T = rows_TI.isfinite().all(1)
+    root_T = root_T[good_T]
     # of the halves that are multiplied
-    scaled_KI = (taken_KI[good_K].float() * root_K[:, None]).half()
-    second_II, _, squares_I = explicit([scaled_KI, scaled_KI], [0.8, WEIGHT])
+    scaled_TI = (rows_TI[good_T].float() * root_T[:, None]).half()
+    second_II, _, squares_I = explicit([scaled_TI, scaled_TI], [0.8, WEIGHT])
     assert moments.second_II is not None
     assert_near(moments.second_II, second_II)
     assert_near(moments.squares_I, squares_I)
-    assert_near(moments.total_I, (0.8 + WEIGHT) * (root_K.double() @ scaled_KI.double()))
-    assert moments.weight.item() == pytest.approx((0.8 + WEIGHT) * root_K.double().square().sum().item(), rel=1e-6)
-    assert (int(moments.tokens), int(moments.skipped)) == (2 * len(scaled_KI), 2 * int((~good_K).sum()))
+    assert_near(moments.total_I, (0.8 + WEIGHT) * (root_T.double() @ scaled_TI.double()))
+    assert moments.weight.item() == pytest.approx((0.8 + WEIGHT) * root_T.double().square().sum().item(), rel=1e-6)
+    assert (int(moments.tokens), int(moments.skipped)) == (2 * 198, 2 * 3)
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
@@ -97,7 +90,7 @@ def test_tokens_that_count_differently_are_summed_as_their_roots_say(inputs, dra
 def test_a_product_is_the_same_however_it_is_cut(tiling, stretches):
     inputs = 100
     x_TI = half(130, inputs)
-    found = read(x_TI, None, total=False, squares=False)
+    found = read(x_TI, total=False, squares=False)
     second_II = torch.ones(inputs, inputs)
     multiply(second_II, found, 0.5, tiling=tiling, stretches=stretches)
     expected_II = 1 + 0.5 * x_TI.double().T @ x_TI.double()
@@ -140,7 +133,7 @@ def test_inputs_that_do_not_lie_next_to_each_other_are_read_as_well():
 def test_bfloat16_is_read():
     x_TI = half(40, 24).bfloat16()
     x_TI[3, 23] = torch.inf
-    found: Reading = read(x_TI, None, total=True, squares=False)
+    found: Reading = read(x_TI, total=True, squares=False)
     assert found.row_K[:40].tolist() == [0, 1, 2, -1, *range(4, 40)]
     assert set(found.row_K[40:].tolist()) == {-1}
     assert int(found.bad_P.sum()) == 1

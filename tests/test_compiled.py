@@ -69,7 +69,7 @@ def assert_plain(network: nn.Module, keys: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", [*tiny.KINDS, "pixart"])
 def test_compiled_moments_are_the_eager_ones_and_later_packages_compile_nothing(kind):
-    """With a share of the tokens, whose draw depends on the order of layers; pixart is discovered."""
+    """In a share of the calls, of which the others run the same graphs; pixart is discovered."""
     pipeline = tiny.load(kind)
     keys = list(pipeline.module.state_dict())
     torch.compiler.reset()
@@ -99,7 +99,7 @@ def test_alike_blocks_share_one_graph(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_graphs_that_are_lowered_keep_every_call_and_its_order(backend, monkeypatch):
+def test_graphs_that_are_lowered_keep_every_call(backend, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", backend)
     pipeline = tiny.load("sd3")
     torch.compiler.reset()

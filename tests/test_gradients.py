@@ -16,11 +16,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from compressor.calibration import Group, Moments, Package, curvature, gathering, gradients, influence
+from compressor.calibration.calls import Calls
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients, blocks_of
-from compressor.calibration.gradients import Calls
+from compressor.calibration.gradients import Differentiated
 from compressor.calibration.timing import Meter
-from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 from compressor.structure import Target
 from tests import tiny
@@ -56,10 +56,10 @@ def adding_to(sums: dict[str, Gradients]) -> gradients.Take:
     return take
 
 
-def gather(network: Two, count: int, tokens: int, calls: Calls | None = None) -> dict[str, Gradients]:
+def gather(network: Two, count: int, tokens: int, calls: Differentiated | None = None) -> dict[str, Gradients]:
     targets = targets_of(network)
     sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
-    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), calls or Calls(1.0)):
+    with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), calls or Differentiated(1.0)):
         for call in range(count):
             x = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(call))
             network(x)
@@ -90,7 +90,7 @@ def test_every_call_counts_the_same_however_large_its_gradients_are():
     alone = []
     for factors in ([1.0], [30.0], [1.0, 30.0]):
         sums = {target.name: Gradients.empty(target.outputs, torch.device("cpu")) for target in targets}
-        calls = Calls(1.0)
+        calls = Differentiated(1.0)
         with torch.no_grad(), gradients.watch(network, targets, adding_to(sums), calls):
             for factor in factors:
                 network.second.weight.copy_(factor * Two().second.weight)
@@ -105,7 +105,7 @@ def test_every_call_counts_the_same_however_large_its_gradients_are():
 
 def test_gradients_of_another_package_are_scaled_as_those_of_the_first():
     network = Two()
-    calls = Calls(1.0)
+    calls = Differentiated(1.0)
     together = gather(network, 1, 7, calls)
     assert list(calls.scales) == [(0, 0)]
     targets = targets_of(network)[:1]
@@ -125,14 +125,14 @@ def test_a_call_whose_gradients_overflow_is_scaled_by_those_that_do_not():
     ("prompts", "steps", "share"), [(100, 25, 1 / 6), (60, 20, 1 / 6), (40, 10, 0.5), (20, 10, 1), (2, 4, 1)]
 )
 def test_a_sixth_of_the_calls_is_differentiated_and_more_where_there_are_few(prompts, steps, share):
-    assert gradients.share_of(prompts, steps) == pytest.approx(share)
+    assert gradients.share_of(prompts, steps, 1.0) == pytest.approx(share)
 
 
 def test_a_share_of_the_calls_and_always_the_first_are_differentiated_and_the_same_ones_again():
     network = Two()
     assert int(gather(network, 1, 7)["first"].tokens) == 7
-    calls = Calls(1 / 6)
-    first, again = gather(network, 400, 1, calls), gather(network, 400, 1, Calls(1 / 6))
+    calls = Differentiated(1 / 6)
+    first, again = gather(network, 400, 1, calls), gather(network, 400, 1, Differentiated(1 / 6))
     assert 45 <= int(first["first"].tokens) == calls.count <= 90
     assert torch.equal(mean(first["first"]), mean(again["first"]))
 
@@ -178,7 +178,7 @@ def test_nothing_is_left_behind(breaks):
             raise Interrupted
 
     network.second.register_forward_pre_hook(fail)
-    x, forgotten, calls = torch.randn(4, 3), [], Calls(1.0)
+    x, forgotten, calls = torch.randn(4, 3), [], Differentiated(1.0)
     try:
         with (
             torch.no_grad(),
@@ -189,7 +189,7 @@ def test_nothing_is_left_behind(breaks):
     except Interrupted:
         assert breaks
     assert forgotten == [1]
-    assert not calls.differentiated
+    assert not calls.now
     assert torch.is_grad_enabled()
     assert "forward" not in network.__dict__
     assert [p.requires_grad for p in network.parameters()] == [True] * 4 + [False] * 2
@@ -211,7 +211,7 @@ def test_an_output_object_is_given_without_its_graph():
     sums = {target.name: Gradients.empty(target.outputs, CPU) for target in targets_of(network)}
     x = torch.randn(4, 3)
     expected = network(x).sample
-    with gradients.watch(network, targets_of(network), adding_to(sums), Calls(1.0)):
+    with gradients.watch(network, targets_of(network), adding_to(sums), Differentiated(1.0)):
         found = network(x)
     assert isinstance(found, Transformer2DModelOutput)
     assert torch.equal(found.sample, expected)
@@ -222,7 +222,7 @@ def test_an_output_object_is_given_without_its_graph():
 def test_a_call_that_has_failed_keeps_no_inputs():
     group = Group("input", tuple(targets_of(Two())[:1]))
     moments = Moments.empty(3, True, CPU)
-    coupled = Coupled([group], {"input": moments}, Tokens(1.0, 0), Meter(CPU))
+    coupled = Coupled([group], {"input": moments}, Meter(CPU))
     coupled.keeping(group)(torch.ones(1, 4, 3))
     coupled.forget()
     coupled.add({"first": torch.ones(1, 4, 5)}, {"first": torch.ones(4)}, torch.tensor(1.0), 1.0)
@@ -255,7 +255,7 @@ def couple(x: Tensor, given: dict[str, Tensor], scale: float, weight: float) -> 
     moments = Moments.empty(x.shape[-1], True, x.device)
     moments.gradients = {name: Gradients.empty(gradient.shape[-1], x.device) for name, gradient in given.items()}
     groups = [Group("input", targets)]
-    coupled = Coupled(groups, {"input": moments}, Tokens(1.0, 0), Meter(x.device))
+    coupled = Coupled(groups, {"input": moments}, Meter(x.device))
     coupled.keeping(groups[0])(x)
     squares = {name: influence.squares(gradient) for name, gradient in given.items()}
     coupled.add(given, squares, torch.tensor(scale, dtype=torch.float64), weight)
@@ -335,7 +335,7 @@ def test_an_input_that_is_overwritten_before_its_gradients_are_known_is_told():
     x = torch.ones(1, 4, 3)
     moments = Moments.empty(3, True, x.device)
     targets = tuple(targets_of(Two())[:1])
-    coupled = Coupled([Group("input", targets)], {"input": moments}, Tokens(1.0, 0), Meter(x.device))
+    coupled = Coupled([Group("input", targets)], {"input": moments}, Meter(x.device))
     coupled.keeping(Group("input", targets))(x)
     x.add_(1)
     with pytest.raises(
@@ -373,7 +373,10 @@ def test_harms_of_two_layers_compare_as_the_errors_of_the_networks_output_that_t
     meter = Meter(torch.device("cpu"))
     with (
         torch.no_grad(),
-        gathering.watch(network, package, "gradients", lambda _: 1.0, Tokens(share, 0), meter) as (moments, next_batch),
+        gathering.watch(
+            *(network, package, "gradients", lambda _: 1.0, Calls(1.0, 0, 60, 1), meter),
+            differentiated=Differentiated(share),
+        ) as (moments, next_batch),
     ):
         generator = torch.Generator().manual_seed(0)
         next_batch(0)

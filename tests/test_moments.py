@@ -97,22 +97,6 @@ def test_tokens_that_are_not_finite_are_counted_and_left_out(dtype, second):
         assert_near(moments.second_II, second_II)
 
 
-@pytest.mark.parametrize("second", [True, False])
-def test_of_drawn_tokens_only_these_are_summed(second):
-    x = torch.randn(2, 50, 12, generator=torch.Generator().manual_seed(0))
-    x[0, 3], x[1, 4] = torch.nan, torch.inf
-    place_K = torch.tensor([0, 7, 53, 60, 99])
-    moments = Moments.empty(12, second, CPU)
-    moments.add(x, 0.7, place_K)
-    moments.finish()
-    second_II, total_I, squares_I = explicit([x.flatten(0, 1)[place_K]], [0.7])
-    assert_near(moments.total_I, total_I)
-    assert_near(moments.squares_I, squares_I)
-    if moments.second_II is not None:
-        assert_near(moments.second_II, second_II)
-    assert (int(moments.tokens), int(moments.skipped)) == (5, 0)
-
-
 @pytest.mark.parametrize("width", [5, 1024, 2500])
 def test_a_mirrored_matrix_is_symmetric_and_its_lower_triangle_as_it_was(width):
     matrix_II = torch.randn(width, width, generator=torch.Generator().manual_seed(0))

@@ -64,7 +64,6 @@ def test_a_calibration_passes_the_warning_on(monkeypatch):
 
 TYPES = {
     "x": "*fp16",
-    "places": "*i64",
     "roots": "*fp32",
     "counted": "*fp32",
     "second": "*fp32",
@@ -99,7 +98,7 @@ def compiled(kernel: str, constants: dict[str, Any], capability: int, warps: int
 @pytest.mark.parametrize(
     ("kernel", "constants", "absent", "stages"),
     [
-        ("_read", {"UNIT": 8, "R": 8, "C": 1024}, ("places", "roots", "copy", "totals", "squares", "counted"), 3),
+        ("_read", {"UNIT": 8, "R": 8, "C": 1024}, ("roots", "copy", "totals", "squares", "counted"), 3),
         ("_read", {"UNIT": 1, "R": 16, "C": 1024}, (), 3),
         ("_settle_alone", {"C": 64}, ("counted", "totals", "squares", "weight_sum", "total", "square_sum"), 3),
         ("_settle_alone", {"C": 64}, (), 3),

@@ -110,6 +110,7 @@ def test_forwards_that_are_settled_together_stand_for_all_as_well(monkeypatch):
         meter.next_forward()
         with meter.block():
             pass
+        meter.replay([])  # one that adds to no moments
     meter.settle()
     assert meter.seconds == 20
 

@@ -18,13 +18,13 @@ from compressor.bench.prune_table import Case, ForwardRow, Job, Measured, SolveR
 from compressor.bench.subjects import Asked, Subject
 from compressor.bench.timing import in_turns
 from compressor.calibration import Calibration, Moments, Package, StepCounter, gathering, gradients, replay
+from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.compiled import check as check_compiler
 from compressor.calibration.packages import cut
 from compressor.calibration.replay import Replay
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
-from compressor.calibration.tokens import Tokens
 from compressor.entries import Entry, enter
 from compressor.errors import CompressorError
 from compressor.output import write_whole
@@ -38,8 +38,10 @@ T = TypeVar("T")
 
 PLAIN = "plain"
 COMPILED, REPLAYED = prune_table.COMPILED, prune_table.REPLAYED
-SHARE = 0.25
-"""Of the tokens, in the row that takes only some of them."""
+STRETCH = 4
+"""Forwards in a row that are timed as one where one of them is summed."""
+SHARE = 1 / STRETCH
+"""Of the tokens, in that row."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,12 @@ def _packages(subject: Subject, seen: Trace, entry: Entry) -> tuple[Package, ...
 
 @dataclass(frozen=True)
 class _Load:
-    """What one kind of forward gathers, and whether it runs compiled."""
+    """What one kind of forward gathers, of how many forwards in a row one is summed, and whether it runs compiled."""
 
     name: str
     package: Package
     kind: MomentKind
-    share: float
+    stretch: int = 1
     compiled: bool = False
 
 
@@ -140,7 +142,7 @@ class _Source:
     def collect(self, package: Package, kind: MomentKind, _weighting: Weighting) -> dict[str, Moments]:
         """Of one forward."""
         start = self._bench.clock()
-        with self._bench.gathering(_Load("", package, kind, 1.0)) as (moments, forward):
+        with self._bench.gathering(_Load("", package, kind)) as (moments, forward):
             forward()
         found = {name: m.finish() for name, m in moments.items()}
         self.bytes = max(self.bytes, package.moment_bytes)
@@ -222,11 +224,10 @@ class _Bench:
     def gathering(self, load: _Load) -> Iterator[tuple[dict[str, Moments], Callable[[], object]]]:
         """While it lasts, forwards add to moments by the hooks that a calibration uses.
 
-        It gives these, and a forward; where gradients are gathered, one that is differentiated, as the first one of a
-        calibration is and as some of the others are, which alone are summed.
+        It gives these, and a forward, or a stretch of forwards; where gradients are gathered, one that is
+        differentiated, as the first one of a calibration is and as some of the others are, which alone are summed.
         """
         counter = StepCounter(torch.tensor([self._timestep]))
-        tokens = Tokens(load.share, 0)
         meter = Meter(self._device)
         self._replay = Replay(self._network) if self._replays else None
         with gathering.watch(
@@ -234,7 +235,7 @@ class _Bench:
             load.package,
             load.kind,
             lambda timestep: 1.0 + counter.step(timestep),
-            tokens,
+            Calls(1 / load.stretch, 0, load.stretch, 1),
             meter,
             self._blocks if load.compiled else None,
             replay=self._replay,
@@ -242,7 +243,7 @@ class _Bench:
 
             def forward() -> object:
                 next_batch(0)
-                return self.forward()
+                return [self.forward() for _ in range(load.stretch)]
 
             yield moments, forward
 
@@ -255,20 +256,20 @@ class _Bench:
             if entry.pruner.moments != "none":
                 key = entry.pruner.moments, tuple(target.name for target in entry.calibrated)
                 alike.setdefault(key, []).append(i)
-        share = self.subject.calibration.tokens
-        drawn = "" if share == 1 else f", {100 * share:g} % of the tokens"
         for (kind, _), places in alike.items():
             entry = self._entries[places[0]]
             cuts = _packages(self.subject, self.seen, entry)
             (whole,) = cut(entry.calibrated, self.seen, kind, 1, None)
             what = ", ".join(self.subject.cases[i] for i in places)
             loads = {
-                "packages": [_Load(f"{what}: package {p.number} of {p.count}{drawn}", p, kind, share) for p in cuts],
-                "all": [_Load(f"{what}: all layers", whole, kind, 1.0)],
-                "some": [_Load(f"{what}: all layers, {100 * SHARE:g} % of the tokens", whole, kind, SHARE)],
+                "packages": [_Load(f"{what}: package {p.number} of {p.count}", p, kind) for p in cuts],
+                "all": [_Load(f"{what}: all layers", whole, kind)],
+                "some": [_Load(f"{what}: all layers, {_percent(SHARE)}", whole, kind, STRETCH)],
             }
-            if len(cuts) == 1 and share == 1:
+            if len(cuts) == 1:
                 loads["packages"] = loads["all"]
+            if kind == "gradients":
+                loads["some"] = loads["all"]
             if self._blocks is not None:
                 loads |= {
                     place + COMPILED: [replace(load, name=load.name + COMPILED, compiled=True) for load in these]
@@ -295,7 +296,8 @@ class _Bench:
                 with self._around(loads)(name):
                     start = self.clock()
                     self._forward()
-                    firsts[name] = self.clock() - start
+                    if name not in loads or loads[name].stretch == 1:
+                        firsts[name] = self.clock() - start
                     problem = self._record(1)
                     if problem is not None:
                         notes[name] = f"not replayed: {problem}"
@@ -316,6 +318,7 @@ class _Bench:
                 self._around(loads, record=True),
                 advance,
             )
+        times = {name: each.each_of(loads[name].stretch if name in loads else 1) for name, each in times.items()}
         return {
             name: ForwardRow(
                 name,
@@ -421,18 +424,26 @@ class _Bench:
             return
         names = self._names[entry.where]
         given = self.subject.calibration
-        gathered = gradients.share_of(given.samples, given.steps) if entry.pruner.moments == "gradients" else 1.0
+
+        def share(tokens: float) -> float:
+            differentiated = entry.pruner.moments == "gradients"
+            return gradients.share_of(given.samples, given.steps, tokens) if differentiated else tokens
+
+        of_some = 1.0 if names["some"] != names["all"] else share(SHARE)  # plain ones are timed with them
+        found = [("1 package", "all", share(1.0)), (f"1 package, {_percent(SHARE)}", "some", of_some)]
+        packages = len(names["packages"])
+        if packages > 1 or given.tokens not in (1.0, SHARE):
+            drawn = "" if given.tokens == 1 else f", {_percent(given.tokens)}"
+            found.append((several(packages, "package") + drawn, "packages", share(given.tokens)))
         for end in ("", COMPILED) if self._blocks is not None else ("",):
-            for how, place in (("1 package", "all"), (f"1 package, {100 * SHARE:g} % of the tokens", "some")):
-                yield self._job(case, how + end, names[place + end], rows, 1, gathered)
-            parts = names["packages" + end]
-            if names["packages"] != names["all"]:
-                passes = entry.pruner.passes(len(parts))
-                yield self._job(case, several(len(parts), "package") + end, parts, rows, passes, gathered)
+            for how, place, summed in found:
+                passes = entry.pruner.passes(len(names[place]))
+                yield self._job(case, how + end, names[place + end], rows, passes, summed)
 
     def _job(
         self, case: Case, how: str, parts: Sequence[str], rows: Mapping[str, ForwardRow], passes: int, share: float
     ) -> Job:
+        """A share of the forwards take as long as those of the parts, the others as long as plain ones."""
         count = self.subject.forwards * passes
         compiled = how.endswith(COMPILED)
         plain = rows[self._plain_of(compiled)].times
@@ -460,6 +471,10 @@ class _Bench:
 
     def _peak(self) -> int | None:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+
+def _percent(tokens: float) -> str:
+    return f"{100 * tokens:g}{prune_table.OF_THE_TOKENS}"
 
 
 def _differentiated(load: _Load) -> _Load:

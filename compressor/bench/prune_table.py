@@ -34,6 +34,8 @@ COMPILED = ", compiled"
 """Behind the name of a compiled forward."""
 REPLAYED = ", replayed"
 """Behind the name of a plain forward that is replayed by a CUDA graph, as all with moments are where one is."""
+OF_THE_TOKENS = " % of the tokens"
+"""Behind the share of the forwards that are summed, in the names of those where it is not all."""
 JOBS = ("whole job, extrapolated", "calibrated in", "forwards", "forwards alone", "moments", "solves", "together")
 
 
@@ -45,11 +47,13 @@ class ForwardRow:
         name: what it gathers.
         inputs: distinct ones whose moments it adds to.
         moment_bytes: of these moments.
-        times: in the same turns as the plain forward's; None if it could not run.
+        times: in the same turns as the plain forward's; None if it could not run. With a share of the tokens, of a
+            forward on average, in stretches of which one is summed.
         plain: the plain forward's; of one with moments that of the plain one that is compiled and replayed as it is.
         peak: the most bytes allocated on the GPU, the network's among them; None on the CPU.
         note: why it could not run.
-        first: seconds of the first call, in which a compiled one is compiled; None if it could not run.
+        first: seconds of the first forward, in which a compiled one is compiled; None if it could not run, or was timed
+            with others.
     """
 
     name: str
@@ -183,7 +187,7 @@ def as_text(device: torch.device, dtype: str, measured: Sequence[Measured]) -> s
     lines = [f"{where}; torch {versions['torch']}, diffusers {versions['diffusers']}; random weights, {dtype}"]
     for found in measured:
         lines += ["", *_head(found), "", *_table(FORWARDS, [_forward(row) for row in found.forwards])]
-        lines += [*_of_what(found), *_first_calls(found)]
+        lines += [*_of_what(found), *_on_average(found), *_first_calls(found)]
         lines += ["", *_table(SOLVES, [cells for case in found.cases for cells in _case(case)])]
         lines += ["", *_explain(found), "", *_table(JOBS, [_job(job) for job in found.jobs])]
     if not any(row.peak for found in measured for row in found.forwards):
@@ -251,6 +255,16 @@ def _of_what(found: Measured) -> list[str]:
     return [
         "",
         f"Ratios of plain forwards are to the first, those with moments to the plain one that is {how} as they are.",
+    ]
+
+
+def _on_average(found: Measured) -> list[str]:
+    """What is timed where a share of the tokens is summed."""
+    if not any(OF_THE_TOKENS in row.name for row in found.forwards):
+        return []
+    return [
+        "",
+        "Of a share of the tokens: that share of the forwards is summed, and the time is a forward's on average.",
     ]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import gathering, gradients, kernels, replay, sampling
+from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
-from compressor.calibration.gradients import Calls
+from compressor.calibration.gradients import Differentiated
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.replay import Replay
 from compressor.calibration.timing import Meter
-from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
 from compressor.plugin import MomentKind, Schedule, Weighting
@@ -43,7 +43,7 @@ class Facts:
         prompts: how many are sampled.
         forwards: calls of the network.
         differentiated: of these, those with a backward pass, which are summed alone where gradients are gathered.
-        tokens: tokens summed, over all groups; with a share of them, those drawn.
+        tokens: tokens summed, over all groups.
         skipped: layers whose input had tokens that were not finite, and how many.
         batch: prompts at a time, after any halving.
         packages: passes made.
@@ -144,7 +144,7 @@ class Calibration:
         self._trace = trace
         self._options = options
         self._progress = progress
-        self._token_seed = sampling.noise_seed(seed, "tokens", 0)
+        self._seed = seed
         self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
         self._prompts = len(prompts)
         self._ranks = ranks
@@ -169,7 +169,7 @@ class Calibration:
     def start_over(self) -> None:
         """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
         options, prompts = self._options, self._prompts
-        self._calls = Calls(gradients.share_of(prompts, options.steps))
+        self._differentiated = Differentiated(gradients.share_of(prompts, options.steps, options.tokens))
         self._replay = None
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
@@ -244,7 +244,7 @@ class Calibration:
         self._exchange()
         start = time.perf_counter()
         forwards, differentiated = self.facts.forwards, self.facts.differentiated
-        before = self._calls.count
+        before = self._differentiated.count
         meter = Meter(self._pipeline.device)
         while True:
             try:
@@ -258,7 +258,7 @@ class Calibration:
                 self._halve_batch(package, error)
         self._tell_of_replays()
         self._share(package, moments)
-        self.facts.differentiated += self._calls.count - before
+        self.facts.differentiated += self._differentiated.count - before
         self._settle(forwards, differentiated)
         self.facts.packages += 1
         self.facts.seconds += time.perf_counter() - start
@@ -320,9 +320,8 @@ class Calibration:
         self.facts.batch = batch
 
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
-        batch = self.facts.batch
+        options, batch = self._options, self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
-        tokens = Tokens(self._options.tokens, self._token_seed)
         weigh = self._weigher(weighting)
         with (
             gathering.watch(
@@ -330,10 +329,10 @@ class Calibration:
                 package,
                 kind,
                 weigh,
-                tokens,
+                Calls(options.tokens, self._seed, options.steps, batch),
                 meter,
                 self._blocks,
-                self._calls,
+                self._differentiated,
                 self._replay,
             ) as (moments, next_batch),
             self._progress.task(title, total=len(self._encoded)) as advance,
@@ -419,34 +418,33 @@ def explain_rank(
 ) -> str | None:
     """A warning if some layers see fewer distinct tokens than they have inputs, or None.
 
-    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step. Of
-    a share of its tokens other ones are drawn at every step. An adaLN linear's is made of the timestep and of the
-    prompt, so that of the empty prompt is the same for all samples.
+    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step. An
+    adaLN linear's is made of the timestep and of the prompt, so that of the empty prompt is the same for all samples.
 
     Args:
         targets: the layers.
         trace: tells the tokens of each.
-        kind: which moments are collected; with `gradients`, inputs are summed in some of the calls only.
+        kind: which moments are collected; with `gradients`, inputs are summed in few of the calls.
         prompts: how many are sampled.
         steps: inference steps.
         guided: whether every prompt is joined by the empty one, which is the same for all of them.
-        share: of the tokens that are summed in a forward.
+        share: of the calls that are summed, at the most.
     """
     copies = 2 if guided else 1
 
     def tokens_of(target: Target, prompts: int) -> float:
-        called = steps * (gradients.share_of(prompts, steps) if kind == "gradients" else 1)
+        summed = gradients.share_of(prompts, steps, share) if kind == "gradients" else share
+        called = steps * max(summed, 1 / (prompts * steps))  # one call always is
         constant = target.name in trace.constant
         alone = constant or target.layer.part == "adaln"  # of the noise, so that all empty prompts give the same
         texts = prompts + copies - 1 if alone else prompts * copies
-        drawn = max(1, round(share * trace.tokens[target.name])) * called
-        return texts * (min(drawn, trace.tokens[target.name]) if constant else drawn)
+        return texts * trace.tokens[target.name] * (min(called, 1.0) if constant else called)
 
     short = [target for target in targets if tokens_of(target, prompts) < target.inputs]
     if not short:
         return None
     worst = min(short, key=lambda target: tokens_of(target, prompts) / target.inputs)
-    enough = next(count for count in itertools.count(prompts + 1) if tokens_of(worst, count) >= worst.inputs)
+    enough = bisect_left(range(10**12), worst.inputs, lo=prompts + 1, key=lambda count: tokens_of(worst, count))
     return (
         f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping "
         f"decides: {worst.name} sees {round(tokens_of(worst, prompts))} for {worst.inputs} inputs; about "

@@ -36,8 +36,7 @@ def _gather(x: Tensor, mark: Tensor, place: Tensor) -> None:
 
     Args:
         x: the input.
-        mark: said to be changed, so that no call is dropped and all stay in their order, on which the draw of tokens
-            depends.
+        mark: said to be changed, so that no call is dropped.
         place: the layer's number, on the CPU, where reading it waits for nothing. A tensor, so that it is an input of
             the graph and alike blocks share one.
 

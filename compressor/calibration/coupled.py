@@ -11,7 +11,6 @@ from compressor.calibration import influence, kernels
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group
 from compressor.calibration.timing import Meter
-from compressor.calibration.tokens import Tokens
 from compressor.errors import CompressorError
 
 
@@ -21,14 +20,12 @@ class Coupled:
     Args:
         groups: layers by the input they share.
         moments: by the groups' names, with gradients.
-        tokens: draws those of the inputs that are summed; of the gradients, all are.
         meter: gets the time that adding takes.
     """
 
-    def __init__(self, groups: Iterable[Group], moments: Mapping[str, Moments], tokens: Tokens, meter: Meter) -> None:
+    def __init__(self, groups: Iterable[Group], moments: Mapping[str, Moments], meter: Meter) -> None:
         self._groups = tuple(groups)
         self._moments = moments
-        self._tokens = tokens
         self._meter = meter
         self._inputs: dict[str, tuple[Tensor, int]] = {}
 
@@ -77,9 +74,8 @@ class Coupled:
                 squares_LT = torch.stack([squares[target.name] for target in targets])
                 found = influence.of(x, squares_LT, sum(target.outputs for target in targets))
                 moments = self._moments[group.name]
-                place_K, times = self._tokens.draw(x)
                 factor, live = _factor(x, scale * found.inputs * weight)
-                moments.add(x, factor, place_K, times, live, found.inputs_T)
+                moments.add(x, factor, live, found.inputs_T)
                 for target, counts in zip(targets, found.gradients_L, strict=True):
                     gradient = gradients[target.name]
                     factor, live = _factor(gradient, scale * counts)

@@ -57,7 +57,7 @@ class Gradients:
         kernel = kernels.of(gradient)
         if kernel is not None:
             g_TO = gradient.reshape(-1, gradient.shape[-1])
-            found = kernel.read(g_TO, None, total=False, squares=False, root_K=root_T)
+            found = kernel.read(g_TO, total=False, squares=False, root_T=root_T)
             kernel.settle(found, kernel.Sums(self.tokens, self.skipped), 1.0)
             for block, second_KK in enumerate(self.second_BKK):
                 kernel.multiply(second_KK, found, weight, live=live, first=block * width)

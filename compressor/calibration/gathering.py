@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import gradients
+from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients
@@ -18,7 +19,6 @@ from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package
 from compressor.calibration.replay import Replay
 from compressor.calibration.timing import Meter
-from compressor.calibration.tokens import Tokens
 from compressor.plugin import MomentKind
 
 
@@ -28,10 +28,10 @@ def watch(
     package: Package,
     kind: MomentKind,
     weigh: Callable[[Tensor | float], float],
-    tokens: Tokens,
+    calls: Calls,
     meter: Meter,
     blocks: Blocks | None = None,
-    calls: gradients.Calls | None = None,
+    differentiated: gradients.Differentiated | None = None,
     replay: Replay | None = None,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """While it lasts, forwards of the network add to moments.
@@ -45,10 +45,10 @@ def watch(
         kind: `norms`, `second` or `gradients`, as in `Calibration.collect`. With the last, only the calls that are
             differentiated are summed.
         weigh: how much a forward counts, by its timestep; called once at the beginning of each.
-        tokens: draws those that are summed.
+        calls: draws those that are summed; not with `gradients`.
         meter: gets the time that adding to moments takes.
         blocks: of the network, if they are to run compiled; not with `gradients`.
-        calls: those to differentiate for `gradients`, the same for all packages; all if None.
+        differentiated: the calls that are for `gradients`, the same for all packages; all if None.
         replay: of the network, if its forwards are to be replayed where they can be.
     """
     assert blocks is None or kind != "gradients", "hooks on outputs would break the blocks' graphs"
@@ -56,27 +56,29 @@ def watch(
     groups = package.every or package.groups
     moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in groups}
     signature = inspect.signature(network.forward)
-    weight = 0.0
+    weight, summed = 0.0, False
     live = torch.zeros((), dtype=torch.float64, device=device) if replay is not None else None
 
     def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal weight
-        weight = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
-        if live is not None:
-            live.fill_(weight)
-        tokens.next_forward(refill=replay is not None)
-        meter.next_forward()
+        nonlocal weight, summed
+        times = 1.0 if kind == "gradients" else calls.next_call()
+        weight = times * weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
+        summed = times > 0
+        if summed:
+            if live is not None:
+                live.fill_(weight)
+            meter.next_forward()
 
-    coupled = Coupled(groups, moments, tokens, meter)
+    coupled = Coupled(groups, moments, meter)
 
     def adding(group: Group) -> Callable[[Tensor], None]:
         if kind == "gradients":
             return coupled.keeping(group)
 
         def add(x: Tensor) -> None:
-            with meter.block():
-                place_K, each = tokens.draw(x)
-                moments[group.name].add(x.detach(), weight, place_K, each, live)
+            if summed:
+                with meter.block():
+                    moments[group.name].add(x.detach(), weight, live)
 
         return add
 
@@ -90,28 +92,23 @@ def watch(
     of_blocks = blocks.gathering([(g.targets[0], adding(g)) for g in inside]) if blocks is not None else nullcontext()
     try:
         if kind != "gradients":
-            with of_blocks, replay.replaying(meter) if replay is not None else nullcontext():
-                yield moments, tokens.next_batch
+            with of_blocks, replay.replaying(meter, summed=lambda: summed) if replay is not None else nullcontext():
+                yield moments, calls.next_batch
             return
         for g in groups:
             moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
-        differentiated = calls or gradients.Calls(1.0)
+        of_gradients = differentiated or gradients.Differentiated(1.0)
         with (
             gradients.watch(
                 network,
                 [target for g in groups for target in g.targets],
                 lambda found, squares, scale: coupled.add(found, squares, scale, weight if live is None else live),
-                differentiated,
+                of_gradients,
                 coupled.forget,
             ),
-            replay.replaying(meter, lambda: differentiated.differentiated) if replay is not None else nullcontext(),
+            replay.replaying(meter, differentiated=lambda: of_gradients.now) if replay is not None else nullcontext(),
         ):
-
-            def next_batch(prompt: int) -> None:
-                tokens.next_batch(prompt)
-                differentiated.next_batch(prompt)
-
-            yield moments, next_batch
+            yield moments, of_gradients.next_batch
     finally:
         for handle in handles:
             handle.remove()

@@ -42,12 +42,18 @@ Take = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], None]
 multiplied by."""
 
 
-def share_of(prompts: int, steps: int) -> float:
-    """The share of the calls that are differentiated, where so many prompts are sampled in so many steps."""
-    return min(1.0, max(SHARE, LEAST / (prompts * steps)))
+def share_of(prompts: int, steps: int, most: float) -> float:
+    """The share of the calls that are differentiated, where so many prompts are sampled in so many steps.
+
+    Args:
+        prompts: in all.
+        steps: of each.
+        most: the share that may be summed.
+    """
+    return min(most, max(SHARE, LEAST / (prompts * steps)))
 
 
-class Calls:
+class Differentiated:
     """Which of a network's calls are differentiated, with which noise, and what makes gradients of all comparable.
 
     Calls are chosen at random, but the first one, and so is the noise; both are the same every time. What differs from
@@ -57,7 +63,7 @@ class Calls:
         share: of the calls.
 
     Attributes:
-        differentiated: whether the current call is.
+        now: whether the current call is.
         count: of those that were.
         scales: what a call's g g^T are multiplied by, by the first prompt of its batch and its number in that; float64
             without dimensions, where the network is, so that no GPU is waited for. Those of calls that are known, from
@@ -71,7 +77,7 @@ class Calls:
         self._noise: Tensor | None = None
         self._scale: Tensor | None = None
         self._kind: Hashable = None
-        self.differentiated = False
+        self.now = False
         self.count = 0
         self.scales: dict[tuple[int, int], Tensor] = {}
         self.next_batch(0)
@@ -85,8 +91,8 @@ class Calls:
         """Begins a call with these arguments."""
         self._call += 1
         chosen = torch.rand((), generator=self._generator).item() < self._share
-        self.differentiated = chosen or self._place == (0, 0)
-        if not self.differentiated:
+        self.now = chosen or self._place == (0, 0)
+        if not self.now:
             return
         self.count += 1
         self._kind = replay.kind_of(args, kwargs)
@@ -114,16 +120,16 @@ class Calls:
 
     def end(self) -> None:
         """Ends a call, whose scale now is known."""
-        if self.differentiated and self._place not in self.scales:
+        if self.now and self._place not in self.scales:
             assert self._scale is not None
             self.scales[self._place] = self._scale.clone()
-        self.differentiated = False
+        self.now = False
 
     def release(self) -> None:
         """Ends a pass: its tensors are of no use to another, of a network that may have changed."""
         self._noises.clear()
         self._noise = self._scale = None
-        self.differentiated = False
+        self.now = False
         self.next_batch(0)
 
     @property
@@ -137,7 +143,11 @@ class Calls:
 
 @contextmanager
 def watch(
-    network: nn.Module, targets: Iterable[Target], take: Take, calls: Calls, forget: Callable[[], None] | None = None
+    network: nn.Module,
+    targets: Iterable[Target],
+    take: Take,
+    calls: Differentiated,
+    forget: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """While it lasts, some calls of the network are differentiated by what their layers give out.
 
@@ -156,7 +166,7 @@ def watch(
 
     def after_layer(target: Target) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-            if not calls.differentiated:
+            if not calls.now:
                 return None
             outputs[target.name] = output if output.requires_grad else output.detach().requires_grad_()
             return outputs[target.name]
@@ -165,7 +175,7 @@ def watch(
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not calls.differentiated:
+        if not calls.now:
             return plain(*args, **kwargs)
         try:
             with torch.enable_grad(), sdpa_kernel(ATTENTION):

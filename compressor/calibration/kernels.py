@@ -45,7 +45,7 @@ def problem(device: torch.device) -> str | None:
         return f"they need compute capability 8.0, found {capability[0]}.{capability[1]}"
     try:
         kernel: Any = _module()
-        found = kernel.read(torch.zeros(1, 8, dtype=torch.float16, device=device), None, total=False, squares=False)
+        found = kernel.read(torch.zeros(1, 8, dtype=torch.float16, device=device), total=False, squares=False)
         kernel.multiply(torch.zeros(8, 8, device=device), found, 1.0)
     except (ImportError, OSError, RuntimeError, CalledProcessError) as error:  # such as a missing C compiler
         if isinstance(error, torch.OutOfMemoryError):

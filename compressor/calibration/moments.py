@@ -1,6 +1,6 @@
 """Accumulates moments of what layers are fed, one set for all layers that share an input."""
 
-# Shapes: T tokens, K of them taken, I inputs.
+# Shapes: T tokens, I inputs.
 
 from __future__ import annotations
 
@@ -62,8 +62,6 @@ class Moments:
         self,
         x: Tensor,
         weight: float,
-        place_K: Tensor | None = None,
-        each: float = 1.0,
         live: Tensor | None = None,
         root_T: Tensor | None = None,
     ) -> None:
@@ -74,9 +72,7 @@ class Moments:
 
         Args:
             x: ... x I, in any floating-point dtype; not changed.
-            weight: a_t of the step.
-            place_K: which tokens, counted over all samples; all if None.
-            each: how many tokens each of them stands for.
+            weight: a_t of the step, times the forwards that this one stands for.
             live: the weight as a GPU has it, float64 without dimensions, which an addition that is recorded in a CUDA
                 graph reads whenever it is replayed.
             root_T: the root of what each token counts, float32; all count 1 if None. Times x it is to fit x's dtype.
@@ -85,13 +81,12 @@ class Moments:
             Unrecordable: if it is being recorded and there are no `kernels` for x.
         """
         x_TI = x.reshape(-1, x.shape[-1])
-        root_K = root_T if root_T is None or place_K is None else root_T[place_K]
         kernel = kernels.of(x_TI)
         if kernel is not None:
-            factor = each if live is not None else weight * each
+            factor = 1.0 if live is not None else weight
             squares_I = self.squares_I if self.second_II is None else None
             sums = kernel.Sums(self.tokens, self.skipped, self.weight, self.total_I, squares_I)
-            found = kernel.read(x_TI, place_K, total=True, squares=squares_I is not None, root_K=root_K)
+            found = kernel.read(x_TI, total=True, squares=squares_I is not None, root_T=root_T)
             if self.second_II is None:
                 kernel.settle(found, sums, factor, live)
             else:
@@ -100,19 +95,18 @@ class Moments:
             return
         if live is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise Unrecordable(f"inputs in {str(x.dtype).removeprefix('torch.')} are summed without kernels")
-        weight *= each
-        x_TI, good_T = finite(x_TI if place_K is None else x_TI.index_select(0, place_K))
+        x_TI, good_T = finite(x_TI)
         good = good_T.sum()
         self.tokens.add_(good)
         self.skipped.add_(len(x_TI) - good)
-        if root_K is None:
+        if root_T is None:
             self.weight.add_(good, alpha=weight)
             self.total_I.add_(x_TI.sum(0, dtype=torch.float32), alpha=weight)
         else:
-            root_K = root_K * good_T
-            x_TI = times_roots(x_TI, root_K)
-            self.weight.add_(root_K.square().sum(dtype=torch.float64), alpha=weight)
-            self.total_I.add_(root_K @ x_TI.float(), alpha=weight)
+            root_T = root_T * good_T
+            x_TI = times_roots(x_TI, root_T)
+            self.weight.add_(root_T.square().sum(dtype=torch.float64), alpha=weight)
+            self.total_I.add_(root_T @ x_TI.float(), alpha=weight)
         if self.second_II is None:
             self.squares_I.add_(x_TI.float().square().sum(0), alpha=weight)
             return

@@ -1,13 +1,13 @@
 """Sums of half-precision inputs on a GPU by two Triton kernels: one reads them, one multiplies half of x^T x.
 
-Tiles of the product are fetched by the copy engine where there is one (Hopper). It leaves no tokens out, so drawn ones
-are copied side by side first, and should any token not be finite, the tiles are fetched row by row. Tokens that do not
-all count the same are copied, too, each times the root of what it counts.
+Tiles of the product are fetched by the copy engine where there is one (Hopper). It leaves no tokens out: should any not
+be finite, the tiles are fetched row by row. Tokens that do not all count the same are copied first, each times the root
+of what it counts.
 
 Nothing is added up in an order that could differ from run to run: the same inputs give the same bytes.
 """
 
-# Shapes: T tokens, K of them taken and padded, P programs of R tokens that read, C columns of a program, I inputs;
+# Shapes: T tokens, K of them and of the padding, P programs of R tokens that read, C columns of a program, I inputs;
 #         M x N a tile of the product, D tokens of it at a time, S stretches of the tokens.
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportInvalidTypeForm=false
@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 PADDING = 128
-"""Tokens are taken in multiples of this many, so that every step of a kernel is whole."""
+"""Tokens are read in multiples of this many, so that every step of a kernel is whole."""
 
 STRETCH = 1024
 """The fewest tokens that are multiplied by themselves where the tiles of a product are too few for a GPU."""
@@ -63,11 +63,9 @@ class Reading:
     """What the first kernel found.
 
     Attributes:
-        x_TI: what was read; if tokens have roots, or were drawn and there is a copy engine, a copy of those taken,
-            times their roots, of which those that are not finite are zeros.
-        taken: how many of its tokens.
+        x_TI: what was read; if tokens have roots, a copy times these, of which those that are not finite are zeros.
         copied: whether it is that copy.
-        row_K: which, as rows of `x_TI`, padded; -1 for those that are not finite and for the padding.
+        row_K: the rows of `x_TI`; -1 for those that are not finite and for the padding.
         bad_P: how many of each program's tokens were not finite.
         total_PI: sum of each program's finite tokens, float32, each counted as its root says.
         squares_PI: of their squares; None if they were not asked for.
@@ -75,7 +73,6 @@ class Reading:
     """
 
     x_TI: Tensor
-    taken: int
     copied: bool
     row_K: Tensor
     bad_P: Tensor
@@ -103,38 +100,35 @@ class Sums:
     squares_I: Tensor | None = None
 
 
-def read(x_TI: Tensor, place_K: Tensor | None, total: bool, squares: bool, root_K: Tensor | None = None) -> Reading:
+def read(x_TI: Tensor, total: bool, squares: bool, root_T: Tensor | None = None) -> Reading:
     """Finds the tokens that are not finite, and sums the others of each program, in one pass.
 
     Args:
         x_TI: float16 or bfloat16; not changed.
-        place_K: the rows to take, int64; all if None.
         total: whether to sum the tokens.
         squares: whether to sum their squares, with `total` only.
-        root_K: the root of what each token counts, float32; each counts 1 if None.
+        root_T: the root of what each token counts, float32; each counts 1 if None.
     """
     assert total or not squares
     x_TI = x_TI if x_TI.stride(1) == 1 and x_TI.stride(0) >= x_TI.shape[1] else x_TI.contiguous()
-    taken, inputs = len(x_TI) if place_K is None else len(place_K), x_TI.shape[1]
-    padded = -(-taken // PADDING) * PADDING
+    tokens, inputs = x_TI.shape
+    padded = -(-tokens // PADDING) * PADDING
     rows = 8 if padded <= 4096 else 16
     programs, unit, device = padded // rows, _unit(x_TI), x_TI.device
-    drawn = place_K is not None and inputs % ENGINE == 0 and has_engine(device)
-    copied = taken > 0 and (drawn or root_K is not None)
+    copied = tokens > 0 and root_T is not None
     found = Reading(
-        torch.empty(taken, inputs, dtype=x_TI.dtype, device=device) if copied else x_TI,
-        taken,
+        torch.empty(tokens, inputs, dtype=x_TI.dtype, device=device) if copied else x_TI,
         copied,
         torch.empty(padded, dtype=torch.int32, device=device),
         torch.empty(programs, dtype=torch.int32, device=device),
         torch.empty(programs, inputs, device=device) if total else None,
         torch.empty(programs, inputs, device=device) if squares else None,
-        torch.empty(programs, device=device) if root_K is not None else None,
+        torch.empty(programs, device=device) if root_T is not None else None,
     )
     if programs:
         with torch.cuda.device_of(x_TI):
             _read[(programs,)](
-                *(x_TI, x_TI.stride(0) // unit, inputs // unit, place_K, root_K, taken, found.x_TI if copied else None),
+                *(x_TI, x_TI.stride(0) // unit, inputs // unit, root_T, tokens, found.x_TI if copied else None),
                 *(found.row_K, found.bad_P, found.total_PI, found.squares_PI, found.counted_P),
                 UNIT=unit,
                 R=rows,
@@ -177,7 +171,7 @@ def multiply(
     assert second_II.is_contiguous()
     x_TI = found.x_TI if inputs == found.x_TI.shape[1] else found.x_TI[:, first : first + inputs]
     device, unit = x_TI.device, _unit(x_TI)
-    engine = found.taken > 0 and unit == ENGINE and x_TI.data_ptr() % 16 == 0 and has_engine(device)
+    engine = len(x_TI) > 0 and unit == ENGINE and x_TI.data_ptr() % 16 == 0 and has_engine(device)
     tiling = tiling or tiling_of(device)
     stretches = stretches or stretches_of(inputs, padded, tiling, device)
     each = -(-padded // (stretches * PADDING)) * PADDING
@@ -185,7 +179,7 @@ def multiply(
     further = 0 if sums is None else -(-inputs // COLUMNS)
     left = right = None
     if engine:
-        shape, strides = [found.taken, inputs], [x_TI.stride(0), 1]
+        shape, strides = list(x_TI.shape), [x_TI.stride(0), 1]
         left = TensorDescriptor(x_TI, shape, strides, [tiling.depth, tiling.tall])
         right = TensorDescriptor(x_TI, shape, strides, [tiling.depth, tiling.wide])
     with torch.cuda.device_of(x_TI):
@@ -247,28 +241,25 @@ def _unit(x_TI: Tensor) -> int:
 def _arguments(found: Reading, sums: Sums | None) -> tuple[Tensor | int | None, ...]:
     into = None if sums is None else (sums.tokens, sums.skipped, sums.weight, sums.total_I, sums.squares_I)
     return (
-        *(found.bad_P, len(found.bad_P), found.taken, found.counted_P),
+        *(found.bad_P, len(found.bad_P), len(found.x_TI), found.counted_P),
         *(found.total_PI, found.squares_PI, found.x_TI.shape[1]),
         *(into or (None,) * 5),
     )
 
 
-@triton.jit(do_not_specialize=["stride", "width", "taken"])
+@triton.jit(do_not_specialize=["stride", "width", "length"])
 def _read(
-    x, stride, width, places, roots, taken, copy, rows, bads, totals, squares, counted,
+    x, stride, width, roots, length, copy, rows, bads, totals, squares, counted,
     UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     inputs = width * UNIT
     token_R = program * R + tl.arange(0, R)
-    there_R = token_R < taken
-    row_R = token_R
-    if places is not None:
-        row_R = tl.load(places + token_R, mask=there_R, other=0).to(tl.int32)
+    there_R = token_R < length
     root_R = tl.full((R,), 1.0, tl.float32)
     if roots is not None:
         root_R = tl.load(roots + token_R, mask=there_R, other=0)
-    x_R = x + row_R.to(tl.int64) * (stride * UNIT)
+    x_R = x + token_R.to(tl.int64) * (stride * UNIT)
     bad_RC = tl.zeros((R, C), tl.int32)
     for start in range(0, inputs, C):
         column_C = start + tl.arange(0, C)
@@ -280,9 +271,7 @@ def _read(
     bad = tl.sum(bad_R)
     tl.store(bads + program, bad)
     good_R = there_R & (bad_R == 0)
-    if copy is not None:
-        row_R = token_R
-    tl.store(rows + token_R, tl.where(good_R, row_R, -1))
+    tl.store(rows + token_R, tl.where(good_R, token_R, -1))
     if counted is not None:
         tl.store(counted + program, tl.sum(tl.where(good_R, root_R * root_R, 0)))
     if bad > 0:  # rare: once more, without them
@@ -308,27 +297,27 @@ def _keep(half_RC, root_R, roots, inside_RC, program, token_R, column_C, inputs,
         tl.store(squares + at_C, tl.sum(x_RC * x_RC, axis=0), mask=column_C < inputs)
 
 
-@triton.jit(do_not_specialize=["programs", "taken", "inputs"])
+@triton.jit(do_not_specialize=["programs", "length", "inputs"])
 def _settle_alone(
-    bads, programs, taken, counted, totals, squares, inputs,
+    bads, programs, length, counted, totals, squares, inputs,
     tokens, skipped, weight_sum, total, square_sum, weight: tl.float64, live,
     C: tl.constexpr,
 ):  # fmt: skip
     _settle(
-        tl.program_id(0), bads, programs, taken, counted, totals, squares, inputs,
+        tl.program_id(0), bads, programs, length, counted, totals, squares, inputs,
         tokens, skipped, weight_sum, total, square_sum, _factor(weight, live), C,
     )  # fmt: skip
 
 
 @triton.jit
 def _settle(
-    part, bads, programs, taken, counted, totals, squares, inputs,
+    part, bads, programs, length, counted, totals, squares, inputs,
     tokens, skipped, weight_sum, total, square_sum, factor,
     C: tl.constexpr,
 ):  # fmt: skip
     if part == 0:
         bad = _count(bads, programs).to(tl.int64)
-        good = taken - bad
+        good = length - bad
         tl.store(tokens, tl.load(tokens) + good)
         tl.store(skipped, tl.load(skipped) + bad)
         if weight_sum is not None:
@@ -378,10 +367,10 @@ def _add_sums(sums, parts, programs, column_C, inputs, factor, C: tl.constexpr):
     tl.store(sums + column_C, old_C + factor.to(tl.float32) * tl.sum(sum_PC, axis=0), mask=column_C < inputs)
 
 
-@triton.jit(do_not_specialize=["stride", "width", "padded", "each", "programs", "taken", "inputs"])
+@triton.jit(do_not_specialize=["stride", "width", "padded", "each", "programs", "length", "inputs"])
 def _multiply(
     left, right, x, stride, width, rows, padded, each, second,
-    bads, programs, taken, counted, totals, squares, inputs,
+    bads, programs, length, counted, totals, squares, inputs,
     tokens, skipped, weight_sum, total, square_sum, weight: tl.float64, live,
     ADD: tl.constexpr, COPIED: tl.constexpr, UNIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
@@ -420,7 +409,7 @@ def _multiply(
     elif tokens is not None:
         if stretch == 0:
             _settle(
-                program - down * across, bads, programs, taken, counted, totals, squares, inputs,
+                program - down * across, bads, programs, length, counted, totals, squares, inputs,
                 tokens, skipped, weight_sum, total, square_sum, _factor(weight, live), C,
             )  # fmt: skip
 

@@ -23,8 +23,9 @@ from compressor.calibration.timing import Events, Meter
 
 T = TypeVar("T")
 
-MOST = 4
-"""Graphs kept, one for each kind of arguments: batches of full size and the last one. As many of backward passes."""
+MOST = 8
+"""Graphs kept, one for each kind of forward: with moments and without, in batches of full size and in the last one. As
+many of backward passes."""
 
 BEFORE = 2
 """Forwards of a kind that run before one is recorded: in the first, kernels are compiled, the second is watched."""
@@ -66,15 +67,24 @@ class Replay:
         self.recorded: set[bool] = set()
 
     @contextmanager
-    def replaying(self, meter: Meter, differentiated: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """While it lasts, a forward with arguments as two before it had is recorded, and all further ones replayed.
+    def replaying(
+        self,
+        meter: Meter,
+        *,
+        summed: Callable[[], bool] = lambda: False,
+        differentiated: Callable[[], bool] = lambda: False,
+    ) -> Iterator[None]:
+        """While it lasts, a forward of the kind of two before it is recorded, and all further ones replayed.
+
+        Of one kind are those whose arguments are alike, and that are all summed or all not, all differentiated or not.
 
         Forwards are not that are called with gradients, nor any with arguments that are neither tensors on the current
         GPU nor plain constants. What is recorded is forgotten at the end.
 
         Args:
             meter: is told of the blocks that are timed in a replay.
-            differentiated: whether the current forward has a backward pass inside, without which others are recorded.
+            summed: whether the forward that begins adds to moments.
+            differentiated: whether it has a backward pass inside, without which others are recorded.
         """
         plain = self._network.forward
         seen: dict[Hashable, int] = {}
@@ -94,11 +104,11 @@ class Replay:
             if self.why_not(backward) is not None or torch.is_grad_enabled():
                 return plain(*args, **kwargs)
             leaves, spec = _pytree.tree_flatten((args, kwargs))
-            kind = _kind(leaves, spec)
-            if kind is None:
+            arguments = _kind(leaves, spec)
+            if arguments is None:
                 stop(False, "it is given what is neither a tensor on the current GPU nor a plain constant")
                 return plain(*args, **kwargs)
-            key, recorded = (backward, kind), graphs[backward]
+            key, recorded = (backward, summed(), arguments), graphs[backward]
             if key not in recorded:
                 seen[key] = seen.get(key, 0) + 1
                 if seen[key] < BEFORE or len(recorded) == MOST:

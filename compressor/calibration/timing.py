@@ -42,7 +42,7 @@ class Meter:
         return self._first + self._others * others / max(len(self._timed), 1) + self._replayed
 
     def next_forward(self) -> None:
-        """Begins a forward."""
+        """Begins a forward that has blocks."""
         self._forward += 1
 
     def block(self, rare: bool = False) -> AbstractContextManager[None]:
@@ -68,7 +68,9 @@ class Meter:
             self._recording = None
 
     def replay(self, events: Events) -> None:
-        """Counts a forward as one that was replayed, with the blocks between these events."""
+        """Counts a forward as one that was replayed, with the blocks between these events, if there are any."""
+        if not events:
+            return
         self._replays += 1
         _, before = self._repeated.get(id(events), (events, 0))
         self._repeated[id(events)] = events, before + 1

@@ -61,7 +61,7 @@ def recipe_of(kind: str, prune: str, calibration: str = "") -> str:
 
 
 def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
-    made_up = iter(range(1, 100))
+    made_up = iter([1, 2, 3, 4, 5, 6, 10, *range(8, 100)])  # plain, packages, all layers, four forwards of which one is
 
     def in_turns(calls, repeats, in_a_row, warmups, device, around, advance):
         assert (repeats, in_a_row, warmups) == (3, 1, 1)
@@ -79,7 +79,10 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
         *(f"unstructured 50 %, 2:4: {kind}" for kind in [*(f"package {i} of 4" for i in range(1, 5)), *whole]),
         *(f"structured 30 %: {kind}" for kind in [*(f"package {i} of 3" for i in range(1, 4)), *whole]),
     ]
-    assert [row[5] for row in forwards[1:4]] == ["1.00x", "2.00x", "3.00x"]
+    assert [row[5] for row in forwards[1:8]] == [f"{ratio:.2f}x" for ratio in (1, 2, 3, 4, 5, 6, 2.5)]
+    assert (
+        "\nOf a share of the tokens: that share of the forwards is summed, and the time is a forward's" in found.stdout
+    )
     assert sum(int(row[1]) for row in forwards[2:6]) == int(forwards[6][1]) == int(forwards[7][1])
     assert [tuple(row[:3]) for row in solves[1:] if row[0] == "unstructured 50 %"] == [
         ("unstructured 50 %", "32 x 32", "31"),
@@ -90,7 +93,7 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
     count = -(-10 // 3) * 7  # forwards of a pass, each of 1 s
     expected = {
         "1 package": (count, 1 * count, 5 * count),
-        "1 package, 25 % of the tokens": (count, 1 * count, 6 * count),
+        "1 package, 25 % of the tokens": (count, 1 * count, 1.5 * count),
         "4 packages": (4 * count, 4 * count, (1 + 2 + 3 + 4) * count),
     }
     data = json.loads(Path("deep/p.json").read_text())["models"][0]
@@ -138,7 +141,7 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
     assert found.forwards[5].name == "unstructured 50 %, 2:4: all layers"
     assert seen["prune_package"] == 2 * 4
     of_structured = found.forwards[-1].inputs
-    # for each, packages and all and a share, thrice: for memory, as a warm-up, timed; then the solves
+    # for each, packages and all and one forward in four, thrice: for memory, as a warm-up, timed; then the solves
     assert seen["add"] == 9 * (inputs + of_structured) + 2 * inputs + of_structured
     weights = [target.module.weight for target in bench._entries[0].component.targets]
     assert all(weight.count_nonzero() == weight.numel() for weight in weights)
@@ -175,6 +178,8 @@ def test_compiled_forwards_are_timed_beside_eager_ones_and_compiling_counts_once
     assert eager == [row[0] for row in plain[0][1:]]
     assert sorted(rows) == sorted([*eager, *(f"{name}, compiled" for name in eager)])
     with_moments = [row for name, row in rows.items() if name.endswith(", compiled") and row["inputs"]]
+    with_moments = [row for row in with_moments if row["first"] is not None]
+    assert len(with_moments) == 2  # both kinds of all layers
     compiling = max(row["first"] - row["times"]["seconds"][0] for row in with_moments)
     of_plain = rows["plain, compiled"]["times"]["seconds"][0]
     jobs = {(job["name"], job["how"]): job for job in data["extrapolated"]}
@@ -252,14 +257,16 @@ def test_memory_that_runs_out_costs_one_row(monkeypatch):
 def test_a_recipe_is_timed_with_its_own_pruners_and_calibration():
     pruners = "[{obs_diff: {sparsity: 0.6, solver: admm}, targets: {include: [feed_forward]}}, "
     pruners += "{magnitude: {sparsity: 0.5}, targets: {include: [attention]}}]"
-    found = call(recipe_of("sd3", pruners, ", samples: 6, batch: 2, packages: 2, tokens: 0.5") + " --repeats 1")
+    found = call(
+        recipe_of("sd3", pruners, ", samples: 6, batch: 2, packages: 2, tokens: 0.5") + " --repeats 1 --output t.json"
+    )
     assert found.exit_code == 0, found.stderr
     assert "16 x 16 pixels, 4 samples a forward" in found.stdout
     forwards, solves, jobs = tables(found.stdout)
     assert [row[0] for row in forwards[1:]] == [
         "plain",
-        "prune[0]: package 1 of 2, 50 % of the tokens",
-        "prune[0]: package 2 of 2, 50 % of the tokens",
+        "prune[0]: package 1 of 2",
+        "prune[0]: package 2 of 2",
         "prune[0]: all layers",
         "prune[0]: all layers, 25 % of the tokens",
     ]
@@ -267,9 +274,14 @@ def test_a_recipe_is_timed_with_its_own_pruners_and_calibration():
     assert [row[:3] for row in jobs[1:]] == [
         ["prune[0]", "1 package", "6"],
         ["prune[0]", "1 package, 25 % of the tokens", "6"],
-        ["prune[0]", "2 packages", "12"],
+        ["prune[0]", "2 packages, 50 % of the tokens", "12"],
         ["prune[1]", "no calibration", "0"],
     ]
+    (model,) = json.loads(Path("t.json").read_text())["models"]
+    times = {row["name"]: row["times"]["seconds"][0] for row in model["forwards"]}
+    added = sum(times[f"prune[0]: package {i} of 2"] - times["plain"] for i in (1, 2)) / 2
+    job = next(job for job in model["extrapolated"] if job["how"] == "2 packages, 50 % of the tokens")
+    assert job["moments"] == pytest.approx(12 * 0.5 * added)
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl", "flux"])
@@ -363,7 +375,7 @@ def test_a_recipe_without_calibration_is_refused():
 
 
 def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_of_the_forwards(monkeypatch):
-    monkeypatch.setattr(prune.gradients, "share_of", lambda *_: 1 / 6)
+    monkeypatch.setattr(prune.gradients, "share_of", lambda _prompts, _steps, most: min(most, 0.5))
     seconds = iter(range(1, 100))
     monkeypatch.setattr(
         prune, "in_turns", lambda calls, *_: {name: Times((float(next(seconds)),), (0.0,)) for name in calls}
@@ -389,16 +401,17 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
     names = [row[0] for row in forwards[1:]]
     both = "prune[0], prune[1]: "
     assert names == ["plain"] + [
-        f"{both}{what}, differentiated"
-        for what in ("package 1 of 2", "package 2 of 2", "all layers", "all layers, 25 % of the tokens")
+        f"{both}{what}, differentiated" for what in ("package 1 of 2", "package 2 of 2", "all layers")
     ]
     (measured,) = json.loads(Path("t.json").read_text())["models"]
     assert measured["model"] == "r.yaml at tiny-sd3"
     jobs = {(job["name"], job["how"]): job for job in measured["extrapolated"]}
     whole = jobs["prune[0]", "1 package"]
-    # plain forwards took 1 s, those with gradients 2, 3, 4 and 5, of which one in six is
-    assert whole["moments"] == pytest.approx(whole["plain"] * (4 - 1) / 6)
-    each = ((2 - 1) + (3 - 1)) / 2 / 6
+    # plain forwards took 1 s, those with gradients 2, 3 and 4, of which one in two is, and a quarter at the most
+    assert whole["moments"] == pytest.approx(whole["plain"] * (4 - 1) / 2)
+    some = jobs["prune[0]", "1 package, 25 % of the tokens"]
+    assert some["moments"] == pytest.approx(whole["plain"] * (4 - 1) / 4)
+    each = ((2 - 1) + (3 - 1)) / 2 / 2
     for name, passes in (("prune[0]", 2), ("prune[1]", 3)):  # a spread takes the second one twice
         cut = jobs[name, "2 packages"]
         assert cut["forwards"] == passes * whole["forwards"]
