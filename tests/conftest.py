@@ -11,13 +11,12 @@ import pytest
 @pytest.fixture(scope="session")
 def traced_once(tmp_path_factory):
     """From now on each ONNX file is traced once, for all workers: most of what an export of a tiny network takes."""
-    from compressor.onnx_files import graph
-    from tests.exporters.traced import Once
+    from tests.exporters import traced
 
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "write", Once(shared / "traced"))
+        traced.once(patch, shared / "traced")
         yield
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, against float64.
 
-`test_product_kernel.py` runs this in a process of its own, as the interpreter is switched on before triton is imported.
+`test_interpreter.py` runs this in a process of its own, as the interpreter is switched on before triton is imported.
 It multiplies no bfloat16.
 """
 
@@ -21,6 +21,7 @@ from compressor.calibration.product_kernel import Reading, Tiling, multiply, rea
 from tests.test_moments import assert_near, explicit
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.gpu  # to be picked out together with the tests of `test_sweep_kernel.py`
 WEIGHT = 1.0 + 2.0**-30  # 1 in float32
 TILINGS = [Tiling(32, 32, 16, 2, 4, 3), Tiling(16, 64, 32, 1, 4, 3), Tiling(64, 16, 16, 3, 4, 3)]
 
@@ -32,12 +33,20 @@ def _kernels_on_the_cpu(monkeypatch, request):
     monkeypatch.setattr(product_kernel, "has_engine", lambda _: request.param)
 
 
+def engines(names: str, *cases: tuple) -> pytest.MarkDecorator:
+    """Whether there is a copy engine, which takes part in products of widths that are multiples of 8, and what else."""
+    place = "_kernels_on_the_cpu"
+    ids = ["-".join(map(str, ("engine" if engine else "loads", *rest))) for engine, *rest in cases]
+    return pytest.mark.parametrize((place, *names.split()), cases, ids=ids, indirect=[place])
+
+
 def half(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).half()
 
 
-@pytest.mark.parametrize("inputs", [24, 77])
-@pytest.mark.parametrize("second", [True, False])
+@engines(
+    "inputs second", (False, 24, True), (True, 24, True), (False, 77, True), *((False, i, False) for i in (24, 77))
+)
 def test_moments_are_those_that_explicit_sums_give(inputs, second):
     x = half(3, 67, inputs)
     rows_TI = x.flatten(0, 1)
@@ -61,7 +70,7 @@ def test_moments_are_those_that_explicit_sums_give(inputs, second):
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
 
 
-@pytest.mark.parametrize("inputs", [24, 77])
+@engines("inputs", (False, 24), (True, 24), (False, 77))
 def test_tokens_that_count_differently_are_summed_as_their_roots_say(inputs):
     x = half(3, 67, inputs)
     rows_TI = x.flatten(0, 1)
@@ -85,10 +94,10 @@ def test_tokens_that_count_differently_are_summed_as_their_roots_say(inputs):
     assert (int(moments.tokens), int(moments.skipped)) == (2 * 198, 2 * 3)
 
 
+@engines("inputs", (False, 68), (True, 72))
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("stretches", [1, 2])
-def test_a_product_is_the_same_however_it_is_cut(tiling, stretches):
-    inputs = 100
+def test_a_product_is_the_same_however_it_is_cut(inputs, tiling, stretches):
     x_TI = half(130, inputs)
     found = read(x_TI, total=False, squares=False)
     second_II = torch.ones(inputs, inputs)
@@ -110,6 +119,7 @@ def test_few_tokens_or_none_are_summed_as_any(shape):
     assert int(moments.tokens) == x.numel() // 24
 
 
+@engines("", (False,))
 def test_many_tokens_and_wide_inputs_are_read_in_several_pieces():
     """More than one program's rows, columns and partial sums."""
     x_TI = half(4100, 300)
@@ -130,6 +140,7 @@ def test_inputs_that_do_not_lie_next_to_each_other_are_read_as_well():
         assert_near(moments.second_II, explicit([x_TI], [1.0])[0])
 
 
+@engines("", (False,))
 def test_bfloat16_is_read():
     x_TI = half(40, 24).bfloat16()
     x_TI[3, 23] = torch.inf
@@ -141,24 +152,26 @@ def test_bfloat16_is_read():
     torch.testing.assert_close(found.total_PI.sum(0), torch.cat([x_TI[:3], x_TI[4:]]).float().sum(0))
 
 
-def test_gradients_are_multiplied_block_by_block(monkeypatch):
+@engines("outputs", (False, 72), (True, 80))
+def test_gradients_are_multiplied_block_by_block(outputs, monkeypatch):
     monkeypatch.setattr(curvature, "BLOCK", 40)
-    g_TO = half(2, 50, 72)
+    size = outputs // 2
+    g_TO = half(2, 50, outputs)
     g_TO[1, 7, 3] = torch.inf
     finite_TO = g_TO.flatten(0, 1)[[i for i in range(100) if i != 57]].double()
-    sums = Gradients.empty(72, CPU)
+    sums = Gradients.empty(outputs, CPU)
     sums.add(g_TO)
     sums.add(g_TO)
     sums.finish()
-    assert sums.second_BKK.shape == (2, 36, 36)
+    assert sums.second_BKK.shape == (2, size, size)
     for b, second_KK in enumerate(sums.second_BKK):
-        block_TK = finite_TO[:, 36 * b : 36 * b + 36]
+        block_TK = finite_TO[:, size * b : size * b + size]
         assert_near(second_KK, 2 * block_TK.T @ block_TK)
     assert (int(sums.tokens), int(sums.skipped)) == (198, 2)
     root_T = torch.linspace(0, 1, 100)
-    weighted = Gradients.empty(72, CPU)
+    weighted = Gradients.empty(outputs, CPU)
     weighted.add(g_TO, 1.0, torch.tensor(2.0, dtype=torch.float64), root_T)
     scaled_TO = (g_TO.flatten(0, 1).float() * root_T[:, None]).half()[[i for i in range(100) if i != 57]].double()
     for b, second_KK in enumerate(weighted.second_BKK):
-        block_TK = scaled_TO[:, 36 * b : 36 * b + 36]
+        block_TK = scaled_TO[:, size * b : size * b + size]
         assert_near(second_KK.tril(), (2 * block_TK.T @ block_TK).tril())

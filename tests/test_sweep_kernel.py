@@ -1,6 +1,6 @@
 """The kernels of sweep and removal against PyTorch: on a GPU, or, where there is none, in Triton's interpreter.
 
-Triton is told to interpret before it is imported: so a process of its own runs this file once more.
+`test_interpreter.py` runs what is marked `gpu` in the latter.
 """
 
 # Shapes: N problems of O outputs and I inputs, T tokens; S sets of K scores. Of removal: as in `greedy`.
@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,24 +33,23 @@ kernels = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="n
 gpu = pytest.mark.gpu
 
 
-def _interpreter() -> bool:
-    try:
-        return tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
-    except PackageNotFoundError:
-        return False
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """The interpreter is slow with large ones, and a few scores should be several programs' as well."""
+    if INTERPRETED:
+        from compressor_obs_diff import sweep_kernel
+
+        monkeypatch.setattr(sweep_kernel, "CHUNK", 64)
+        monkeypatch.setattr(sweep_kernel, "CHUNKS", 2)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.skipif(not _interpreter(), reason="needs Triton 3.7, the first whose interpreter takes NumPy 2.4")
-def test_the_kernels_do_in_tritons_interpreter_what_the_tests_below_say():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-p", "no:cacheprovider"]
-    root = Path(__file__).parent.parent
-    ended = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert " passed" in ended.stdout
-    assert "skipped" not in ended.stdout
+@pytest.fixture
+def _few_passes(monkeypatch):
+    """Over the scores: half as many."""
+    if INTERPRETED:
+        from compressor_obs_diff import sweep_kernel
+
+        monkeypatch.setattr(sweep_kernel, "DIGIT", 8)
 
 
 # --------------------------------------------------------------------------------------------------- thresholds, blocks
@@ -63,7 +58,7 @@ def test_the_kernels_do_in_tritons_interpreter_what_the_tests_below_say():
 @gpu
 @kernels
 @pytest.mark.parametrize("kind", ["random", "many ties", "all equal", "tiny"])
-@pytest.mark.parametrize(("sets", "scores"), [(1, 1), (3, 7), (2, 9000)])
+@pytest.mark.parametrize(("sets", "scores"), [(1, 1), (3, 7), (2, 300 if INTERPRETED else 9000)])
 def test_every_set_loses_its_lowest_scores_with_ties_to_the_lower_index(sets, scores, kind):
     from compressor_obs_diff.sweep_kernel import lowest_of_each
 
@@ -98,6 +93,7 @@ def test_every_group_loses_its_lowest_scores_with_ties_to_the_lower_index(keep, 
 
 
 @gpu
+@pytest.mark.usefixtures("_few_passes")
 @kernels
 @pytest.mark.parametrize("granularity", [Unstructured(), NM(keep=2, of=4)], ids=str)
 def test_masks_of_several_problems_are_those_of_each_layer(granularity: Elementwise, monkeypatch):
@@ -149,6 +145,7 @@ LARGE = [
 
 
 @gpu
+@pytest.mark.usefixtures("_few_passes")
 @kernels
 @pytest.mark.parametrize(("granularity", "rows", "inputs", "block"), SMALL if INTERPRETED else SMALL + LARGE, ids=str)
 def test_a_batch_is_swept_as_each_of_its_problems_alone(
@@ -242,6 +239,7 @@ def package(dtype: torch.dtype) -> tuple[Package, dict[str, Moments]]:
 
 
 @gpu
+@pytest.mark.usefixtures("_few_passes")
 @kernels
 @pytest.mark.parametrize(
     ("given", "dtype", "most"),

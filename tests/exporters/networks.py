@@ -59,6 +59,18 @@ def flux_dev() -> Any:
     ).eval()
 
 
+def sd2_flat() -> Any:
+    """Stable Diffusion 2's kind with one level, for text as wide as the tiny pipelines'."""
+    return _unet(
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        sample_size=8,
+    )
+
+
 def sd2() -> Any:
     """Stable Diffusion 2's kind."""
     return _unet(
@@ -69,10 +81,10 @@ def sd2() -> Any:
 
 
 def sdxl() -> Any:
-    """SDXL's kind: times and text embeddings added to the timestep, no attention in the outer block."""
+    """SDXL's kind: times and text embeddings added to the timestep; attention in the inner block on the way down."""
     return _unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -82,16 +94,16 @@ def sdxl() -> Any:
 
 def _unet(**options: Any) -> Any:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        mid_block_type=None,
-        cross_attention_dim=24,
-        norm_num_groups=8,
-        use_linear_projection=True,
-        **options,
-    ).eval()
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "cross_attention_dim": 24,
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+    }
+    return UNet2DConditionModel(**settings | options).eval()
 
 
 def pipeline_of(network: Any) -> Pipeline:

@@ -25,6 +25,7 @@ from compressor.cli import main
 from compressor.errors import CompressorError
 from compressor.onnx_files import check, runtime
 from tests import tiny
+from tests.exporters import networks
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 SHRINK = {"granularity": {"structured": {"heads": 0.5, "neurons": 0.5, "multiple": 1, "keep_first": 0, "keep_last": 0}}}
@@ -480,14 +481,17 @@ UNET = {"onnx": {"components": ["unet"]}}
 
 
 def test_a_pipeline_that_is_not_pruned_is_exported_and_drawn_with(tmp_path):
-    source = tiny.folder("sd2")
+    pipe = tiny.load("sd2").pipe
+    pipe.unet = networks.sd2_flat()
+    source = tmp_path / "model"
+    pipe.save_pretrained(source)
     data = {"model": str(source), "prune": [], "export": [UNET], "output": str(tmp_path / "out")}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
     planned = call("plan", tmp_path / "r.yaml")
     assert planned.exit_code == 0
     assert "warning" not in planned.stdout
     out = running.run(recipe.load(str(tmp_path / "r.yaml")), tiny.quiet())
-    expected = draw(tiny.load("sd2").pipe)
+    expected = draw(pipe)
     assert psnr(draw(runtime.load(out / "onnx", out).pipe), expected) > DRAWN
     said = json.loads((out / "report.json").read_text())
     assert said["layers"] == []
