@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from math import gcd
@@ -124,3 +125,10 @@ def _alike(groups: Iterable[Group]) -> list[list[Group]]:
     for group in groups:
         found.setdefault((group.kind, group.width), []).append(group)
     return list(found.values())
+
+
+def free_memory() -> None:
+    """Gives back what networks that are gone took."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

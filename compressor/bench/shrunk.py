@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -119,7 +118,7 @@ def _timed(bench: _Bench, plans: list[Plan]) -> Iterator[Row]:
                 yield _row(bench, forward, plan, of_dense[forward], call, preparing)
                 del call
             del smaller
-            _free_memory()
+            networks.free_memory()
 
 
 def _row(bench: _Bench, forward: str, plan: Plan, dense: Any, shrunk: Any, preparing: float) -> Row:
@@ -128,9 +127,3 @@ def _row(bench: _Bench, forward: str, plan: Plan, dense: Any, shrunk: Any, prepa
     warmups = 3 if found.device.type == "cuda" else 1
     times = in_turns(calls, found.repeats, found.in_a_row, warmups, found.device)
     return Row(bench.model.name, forward, plan, times["shrunk"], times["dense"], preparing)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -14,7 +14,8 @@ import torch
 from compressor_obs_diff import layers
 
 from compressor import calibration
-from compressor.bench import forwards, models, networks, prune, subjects, timing
+from compressor.bench import forward_times, forwards, gathered, models, networks, prune, subjects, timing
+from compressor.bench.gathered import Network
 from compressor.bench.models import MODELS
 from compressor.bench.subjects import Asked
 from compressor.bench.timing import Times
@@ -67,7 +68,7 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
         assert (repeats, in_a_row, warmups) == (3, 1, 1)
         return {name: Times((float(next(made_up)),) * 3, (0.0,) * 3) for name in calls}
 
-    monkeypatch.setattr(prune, "in_turns", in_turns)
+    monkeypatch.setattr(forward_times, "in_turns", in_turns)
     found = call("tiny-sd3 --size 64 --batch 3 --prompts 10 --steps 7 --repeats 3 --output deep/p.json")
     assert found.exit_code == 0, found.stderr
     assert "64 x 64 pixels, 6 samples a forward; medians of 3 turns of forwards and 1 turn of solves" in found.stdout
@@ -113,6 +114,7 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
 def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
     """It comes through the functions that a calibration and a pruner call, and leaves the network dense."""
     seen: dict[str, int] = {"add": 0, "prune_package": 0}
+    pruned: list[torch.nn.Linear] = []
     add, prune_package = Moments.add, layers.prune_package
 
     def watched_add(self, x, *rest):
@@ -122,13 +124,14 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
     def watched_prune(options, package, moments, zeros):
         seen["prune_package"] += 1
         assert all(int(found.tokens) > 0 for found in moments.values())
+        pruned.extend(target.module for group in package.groups for target in group.targets)
         yield from prune_package(options, package, moments, zeros)
 
     monkeypatch.setattr(Moments, "add", watched_add)
     monkeypatch.setattr(layers, "prune_package", watched_prune)
-    assert prune.gathering.watch is calibration.gathering.watch
+    assert gathered.gathering.watch is calibration.gathering.watch
     subject = subjects.find("tiny-sd3", Asked(size=64, batch=1, layers=2))
-    bench = prune._Bench(
+    found = prune.measure(
         subject,
         prune._plan(subject),
         prune.Settings(("tiny-sd3",), repeats=1),
@@ -136,15 +139,14 @@ def test_hooks_and_solvers_are_those_of_a_run(monkeypatch):
         "float32",
         tiny.quiet(),
     )
-    found = bench.measure()
     inputs = found.forwards[5].inputs
     assert found.forwards[5].name == "unstructured 50 %, 2:4: all layers"
     assert seen["prune_package"] == 2 * 4
     of_structured = found.forwards[-1].inputs
     # for each, packages and all and one forward in four, thrice: for memory, as a warm-up, timed; then the solves
     assert seen["add"] == 9 * (inputs + of_structured) + 2 * inputs + of_structured
-    weights = [target.module.weight for target in bench._entries[0].component.targets]
-    assert all(weight.count_nonzero() == weight.numel() for weight in weights)
+    assert pruned
+    assert all(module.weight.count_nonzero() == module.weight.numel() for module in pruned)  # drawn anew
 
 
 def test_compiled_forwards_are_refused_where_gradients_are_gathered():
@@ -165,7 +167,7 @@ def test_compiled_forwards_are_timed_beside_eager_ones_and_compiling_counts_once
                 call()
         return {name: Times((next(made_up) / 1000,), (0.0,)) for name in calls}
 
-    monkeypatch.setattr(prune, "in_turns", in_turns)
+    monkeypatch.setattr(forward_times, "in_turns", in_turns)
     arguments = "tiny-sd3 --size 64 --batch 1 --prompts 10 --steps 7 --layers 1 --packages 1 --output p.json"
     plain = tables(call(arguments).stdout)
     made_up = iter(range(1, 100))
@@ -236,14 +238,14 @@ def test_a_kind_of_forward_is_around_its_calls_alone():
 
 
 def test_memory_that_runs_out_costs_one_row(monkeypatch):
-    gathering_of = prune._Bench.gathering
+    gathering_of = Network.gathering
 
     def gathering(self, load):
         if load.name.endswith("2:4: all layers"):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gathering_of(self, load)
 
-    monkeypatch.setattr(prune._Bench, "gathering", gathering)
+    monkeypatch.setattr(Network, "gathering", gathering)
     found = call("tiny-sd3 --size 64 --batch 1 --repeats 1 --layers 1")
     assert found.exit_code == 0, found.stderr
     forwards, _, jobs = tables(found.stdout)
@@ -378,10 +380,10 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
     monkeypatch.setattr(prune.gradients, "share_of", lambda _prompts, _steps, most: min(most, 0.5))
     seconds = iter(range(1, 100))
     monkeypatch.setattr(
-        prune, "in_turns", lambda calls, *_: {name: Times((float(next(seconds)),), (0.0,)) for name in calls}
+        forward_times, "in_turns", lambda calls, *_: {name: Times((float(next(seconds)),), (0.0,)) for name in calls}
     )
     watched: list[tuple[str, int]] = []
-    watch = prune.gathering.watch
+    watch = gathered.gathering.watch
 
     @contextmanager
     def watching(network, package, kind, *rest, **further):
@@ -390,7 +392,7 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
         counts = [int(g.tokens) for m in moments.values() for g in m.gradients.values()]
         watched.append((kind, min(counts, default=0)))
 
-    monkeypatch.setattr(prune.gathering, "watch", watching)
+    monkeypatch.setattr(gathered.gathering, "watch", watching)
     settings = "sparsity: 0.5, solver: admm, refit: true, objective: network"
     recipe_of("sd2", f"[{{obs_diff: {{{settings}}}}}, {{obs_diff: {{{settings}, spread: 0.1}}}}]", ", packages: 2")
     found = call("r.yaml --at tiny-sd3 --size 32 --output t.json")
@@ -419,8 +421,8 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
 
 
 def test_where_forwards_are_replayed_ratios_are_to_a_plain_one_that_is_replayed_too(monkeypatch):
-    monkeypatch.setattr(prune.replay, "obstacle", lambda *_: None)
-    monkeypatch.setattr(prune.Replay, "replaying", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(gathered.replay, "obstacle", lambda *_: None)
+    monkeypatch.setattr(gathered.Replay, "replaying", lambda *_, **__: nullcontext())
     found = call("tiny-sd3 --layers 2 --size 64 --batch 1 --repeats 1 --output t.json")
     assert found.exit_code == 0, found.output
     assert f"\n| plain, replayed | {DASH} | {DASH} | " in found.output
@@ -440,13 +442,14 @@ def test_where_forwards_are_replayed_ratios_are_to_a_plain_one_that_is_replayed_
 
 
 def test_a_row_that_cannot_be_replayed_says_why(monkeypatch):
-    class Failing(prune.Replay):
+    class Failing(gathered.Replay):
         def __init__(self, network) -> None:
             super().__init__(network)
             self.problem = "it waits"
 
-    monkeypatch.setattr(prune.replay, "obstacle", lambda *_: None)
-    monkeypatch.setattr(prune, "Replay", Failing)
+    monkeypatch.setattr(gathered.replay, "obstacle", lambda *_: None)
+    for module in (gathered, forward_times):
+        monkeypatch.setattr(module, "Replay", Failing)
     found = call("tiny-sd3 --layers 2 --size 64 --batch 1 --repeats 1")
     assert found.exit_code == 0, found.output
     assert (
@@ -470,7 +473,7 @@ def test_differentiated_forwards_are_timed_as_a_run_replays_them(recordable, mon
                 during[name] = list(replayed)
         return {name: Times((1.0,), (0.0,)) for name in calls}
 
-    monkeypatch.setattr(prune, "in_turns", in_turns)
+    monkeypatch.setattr(forward_times, "in_turns", in_turns)
     recipe_of("sd2", "[{obs_diff: {sparsity: 0.5, objective: network, solver: admm}}]", ", packages: 2")
     found = call("r.yaml --at tiny-sd3 --size 32 --layers 1")
     assert found.exit_code == 0, found.output
