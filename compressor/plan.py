@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from compressor import pipeline as pipelines
 from compressor import prompts
-from compressor.calibration import explain_rank, sampling
+from compressor.calibration import explain_rank, explain_share, sampling
 from compressor.calibration.packages import Package, cut
 from compressor.entries import Entry, check_apart, enter, explain_left_out
 from compressor.prepare import check_exporters, explain_dense, explain_guidance
@@ -238,8 +238,12 @@ def _plan_entry(
         forwards = entry.pruner.passes(len(packages)) * given.steps * math.ceil(texts / given.batch)
         if entry.pruner.moments in ("second", "gradients"):
             guided = sampling.guided(folder, given.guidance)
-            note = explain_rank(targets, seen, entry.pruner.moments, texts, given.steps, guided, given.tokens)
+            note = explain_rank(
+                targets, seen, entry.pruner.moments, texts, given.steps, guided, given.tokens, given.batch
+            )
             notes += [note] if note else []
+        if entry.pruner.moments == "gradients" and (note := explain_share(given, texts)):
+            notes.append(note)
     groups = tuple(
         PlannedGroup(
             group.name,

@@ -83,7 +83,7 @@ class Calibration(Options):
         gt=0,
         le=1,
         description="the share of the tokens that is summed: all those of that share of the network's forwards, "
-        "which are drawn at random; where forwards are differentiated, the largest share of them",
+        "which are drawn at random; with gradients, the most of the forwards that may be differentiated",
     )
     packages: int | None = Field(
         default=None,

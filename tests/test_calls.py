@@ -182,13 +182,29 @@ def test_with_gradients_a_calibration_differentiates_no_more_than_the_share():
         assert all(int(of.tokens) == int(moments.tokens) for of in moments.gradients.values())
 
 
-def test_the_warning_of_too_few_tokens_counts_those_that_a_run_sums():
-    found, calibration, _ = collect("second", batch=1, steps=8, tokens=0.125)
+@pytest.mark.parametrize(
+    ("kind", "batch", "tokens"), [("second", 1, 0.125), ("second", 3, 0.02), ("gradients", 3, 0.02)]
+)
+def test_the_warning_of_too_few_tokens_counts_those_that_a_run_sums(kind: MomentKind, batch, tokens):
+    """With a small share, those of the call of the first batch that always is summed."""
+    found, calibration, _ = collect(kind, batch=batch, steps=8, tokens=tokens)
     for target in tiny.load("sd3").targets:
         if target.name in found:
             wide = dataclasses.replace(target, module=nn.Linear(10**4, 1))
-            note = explain_rank([wide], calibration._trace, "second", 3, 8, True, 0.125)
+            note = explain_rank([wide], calibration._trace, kind, 3, 8, True, tokens, batch)
             assert f" sees {int(found[target.name].tokens)} for 10000 inputs" in str(note)
+
+
+def test_who_asks_for_a_share_that_gradients_make_no_use_of_is_told():
+    def warnings(kind: MomentKind, tokens: float) -> list[str]:
+        _, calibration, _ = collect(kind, steps=100, tokens=tokens)
+        return [warning for warning in calibration.facts.warnings if "calibration.tokens" in warning]
+
+    assert warnings("gradients", 0.8) == [
+        "calibration.tokens has no effect: gradients are gathered, for which 66.7 % of the forwards are "
+        "differentiated, and no others are summed; less than that would have one"
+    ]
+    assert warnings("gradients", 0.5) == warnings("gradients", 1.0) == warnings("second", 0.8) == []
 
 
 def test_the_warning_tells_how_many_prompts_would_do_of_a_share():
@@ -197,12 +213,12 @@ def test_the_warning_tells_how_many_prompts_would_do_of_a_share():
     middle = [t for t in loaded.targets if t.name == "mid_block.attentions.0.transformer_blocks.0.ff.net.2"]
     text = [t for t in loaded.targets if t.name == "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
     assert explain_rank(middle, trace, "second", 2, 2, False, 1.0) is None  # 2 x 2 x 16 for 64
-    assert " sees 16 for 64 inputs; about 8 prompts " in str(explain_rank(middle, trace, "second", 2, 2, False, 0.25))
+    assert " sees 24 for 64 inputs; about 7 prompts " in str(explain_rank(middle, trace, "second", 2, 2, False, 0.25))
     assert " sees 16 for 64 inputs; about 8 prompts " in str(
         explain_rank(middle, trace, "gradients", 2, 2, False, 0.25)
     )
-    # a prompt is the same at every step: half of the batches have a call that is summed
-    assert " sees 16 for 32 inputs; about 4 prompts " in str(explain_rank(text, trace, "second", 2, 2, False, 0.25))
+    # a prompt is the same at every step: the first batch has a call that is summed, and half of the others
+    assert " sees 24 for 32 inputs; about 3 prompts " in str(explain_rank(text, trace, "second", 2, 2, False, 0.25))
     assert explain_rank(text, trace, "second", 2, 4, False, 0.25) is None
     # one call is summed in any case
     assert " sees 16 for 64 inputs; " in str(explain_rank(middle, trace, "second", 2, 2, False, 1e-6))

@@ -241,6 +241,27 @@ def test_what_is_given_up_keeps_no_memory(network, monkeypatch):
 
 
 @torch.no_grad()
+def test_where_memory_runs_out_for_others_differentiated_ones_give_way(network, monkeypatch):
+    record, differentiated, meter = replay._record, True, Counter()
+    wrapped = Replay(network)
+
+    def failing(*given: Any) -> Any:
+        if True in wrapped.recorded:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(*given)
+
+    monkeypatch.setattr(replay, "_record", failing)
+    with wrapped.replaying(meter, differentiated=lambda: differentiated):
+        for backward in (True, False):
+            differentiated = backward
+            for _ in range(6):
+                network(torch.ones(1), torch.tensor(1.0))
+    assert (wrapped.problem, wrapped.problem_of_differentiated) == (None, "CUDA out of memory")
+    assert wrapped.recorded == {False}
+    assert meter.replays == 4 + 3  # from the third on; of the others, that was when those gave way
+
+
+@torch.no_grad()
 def test_a_failure_keeps_nothing_of_what_was_recorded(network, monkeypatch):
     class Activation:
         pass

@@ -209,8 +209,12 @@ class Calibration:
         if kind in ("second", "gradients"):
             guided = sampling.guided(self._pipeline.folder, self._options.guidance)
             options = self._options
-            note = explain_rank(targets, self._trace, kind, self._prompts, options.steps, guided, options.tokens)
+            note = explain_rank(
+                targets, self._trace, kind, self._prompts, options.steps, guided, options.tokens, options.batch
+            )
             if note:
+                self.warn(note)
+            if kind == "gradients" and (note := explain_share(options, self._prompts)):
                 self.warn(note)
         if deal_out and self._ranks.count > 1:
             packages = tuple(deal(package, self._ranks.rank, self._ranks.count) for package in packages)
@@ -415,6 +419,7 @@ def explain_rank(
     steps: int,
     guided: bool,
     share: float = 1.0,
+    batch: int = 1,
 ) -> str | None:
     """A warning if some layers see fewer distinct tokens than they have inputs, or None.
 
@@ -429,12 +434,16 @@ def explain_rank(
         steps: inference steps.
         guided: whether every prompt is joined by the empty one, which is the same for all of them.
         share: of the calls that are summed, at the most.
+        batch: prompts of the first batch, of which at least one call is.
     """
     copies = 2 if guided else 1
 
     def tokens_of(target: Target, prompts: int) -> float:
-        summed = gradients.share_of(prompts, steps, share) if kind == "gradients" else share
-        called = steps * max(summed, 1 / (prompts * steps))  # one call always is
+        first = min(batch, prompts)
+        if kind == "gradients":
+            called = max(prompts * steps * gradients.share_of(prompts, steps, share), first) / prompts
+        else:
+            called = (first * max(steps * share, 1) + (prompts - first) * steps * share) / prompts
         constant = target.name in trace.constant
         alone = constant or target.layer.part == "adaln"  # of the noise, so that all empty prompts give the same
         texts = prompts + copies - 1 if alone else prompts * copies
@@ -449,4 +458,15 @@ def explain_rank(
         f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping "
         f"decides: {worst.name} sees {round(tokens_of(worst, prompts))} for {worst.inputs} inputs; about "
         f"{enough} prompts would do"
+    )
+
+
+def explain_share(options: Options, prompts: int) -> str | None:
+    """A warning if gradients are gathered and a share of the tokens is asked for that changes nothing, or None."""
+    share = gradients.share_of(prompts, options.steps, 1.0)
+    if options.tokens == 1 or options.tokens < share:
+        return None
+    return (
+        f"calibration.tokens has no effect: gradients are gathered, for which {100 * share:.3g} % of the forwards are "
+        "differentiated, and no others are summed; less than that would have one"
     )

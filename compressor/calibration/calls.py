@@ -8,8 +8,9 @@ import random
 class Calls:
     """One call of every stretch of 1 / share calls of a batch, at random within it: some pipelines call twice a step.
 
-    From batch to batch it moves on by one, round the stretch, so that in 1 / share batches every call is drawn once.
-    Whatever a batch's number of calls, each is drawn with the same chance, and where drawn stands for one over that.
+    From batch to batch it moves on by one, round the stretch, so that in 1 / share batches, where that is whole, every
+    call is drawn once. Whatever a batch's number of calls, each is drawn with the same chance, and where drawn stands
+    for one over that.
 
     Args:
         share: of the calls, above 0; with 1 all are drawn.

@@ -97,18 +97,18 @@ def watch(
             return
         for g in groups:
             moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
-        of_gradients = differentiated or gradients.Differentiated(1.0)
+        differentiated = differentiated or gradients.Differentiated(1.0)
         with (
             gradients.watch(
                 network,
                 [target for g in groups for target in g.targets],
                 lambda found, squares, scale: coupled.add(found, squares, scale, weight if live is None else live),
-                of_gradients,
+                differentiated,
                 coupled.forget,
             ),
-            replay.replaying(meter, differentiated=lambda: of_gradients.now) if replay is not None else nullcontext(),
+            replay.replaying(meter, differentiated=lambda: differentiated.now) if replay is not None else nullcontext(),
         ):
-            yield moments, of_gradients.next_batch
+            yield moments, differentiated.next_batch
     finally:
         for handle in handles:
             handle.remove()

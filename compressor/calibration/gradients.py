@@ -31,7 +31,7 @@ from compressor.structure import Target
 SHARE = 1 / 6
 """Of the network's calls that are differentiated. A quarter left as much error, an eighth a fiftieth more."""
 LEAST = 200
-"""Steps of prompts that are differentiated, at the least, where there are as many."""
+"""Steps of prompts that are differentiated, at the least, where there are as many and as many may be summed."""
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels that are differentiated: without cuDNN's, whose backward pass failed on an H200 (torch 2.11, float16)."""
@@ -146,19 +146,19 @@ def watch(
     network: nn.Module,
     targets: Iterable[Target],
     take: Take,
-    calls: Differentiated,
+    differentiated: Differentiated,
     forget: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """While it lasts, some calls of the network are differentiated by what their layers give out.
 
-    Only what runs after the first of the layers is recorded for it. All of that happens within the network's forward,
-    for whoever wraps it later to record.
+    Only what runs after the first of the layers is kept for the backward pass. All of that happens within the network's
+    forward, for whoever wraps it later to record.
 
     Args:
         network: called without gradients, as pipelines do.
         targets: its layers.
         take: is called at the end of each of these calls.
-        calls: which. `next_batch` is to be called before every batch by whoever samples it.
+        differentiated: which. `next_batch` is to be called before every batch by whoever samples it.
         forget: is called after that, and where a call has failed.
     """
     plain = network.forward
@@ -166,7 +166,7 @@ def watch(
 
     def after_layer(target: Target) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-            if not calls.now:
+            if not differentiated.now:
                 return None
             outputs[target.name] = output if output.requires_grad else output.detach().requires_grad_()
             return outputs[target.name]
@@ -175,12 +175,12 @@ def watch(
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not calls.now:
+        if not differentiated.now:
             return plain(*args, **kwargs)
         try:
             with torch.enable_grad(), sdpa_kernel(ATTENTION):
                 result = plain(*args, **kwargs)
-                noise = calls.noise(result[0])
+                noise = differentiated.noise(result[0])
                 grads = torch.autograd.grad(result[0], list(outputs.values()), noise, allow_unused=True)
             found = {
                 name: torch.zeros_like(output) if grad is None else grad
@@ -188,7 +188,7 @@ def watch(
             }
             outputs.clear()
             squares = {name: influence.squares(grad) for name, grad in found.items()}
-            take(found, squares, calls.scale(_scale(found.values(), squares.values())))
+            take(found, squares, differentiated.scale(_scale(found.values(), squares.values())))
         finally:
             outputs.clear()
             if forget is not None:
@@ -197,8 +197,10 @@ def watch(
 
     frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
     handles = [
-        network.register_forward_pre_hook(lambda _module, args, kwargs: calls.begin(args, kwargs), with_kwargs=True),
-        network.register_forward_hook(lambda *_: calls.end()),
+        network.register_forward_pre_hook(
+            lambda _module, args, kwargs: differentiated.begin(args, kwargs), with_kwargs=True
+        ),
+        network.register_forward_hook(lambda *_: differentiated.end()),
     ]
     handles += [target.module.register_forward_hook(after_layer(target)) for target in targets]
     try:
@@ -207,7 +209,7 @@ def watch(
         with replay.calling(network, forward):
             yield
     finally:
-        calls.release()
+        differentiated.release()
         for handle in handles:
             handle.remove()
         for parameter in frozen:

@@ -25,7 +25,8 @@ class Moments:
     """Raw, timestep-weighted sums over the tokens x of one input.
 
     Attributes:
-        squares_I: sum of a_t x^2, float32.
+        squares_I: sum of a_t x^2, float32, with a_t the weight of the step, times the forwards that one that is summed
+            stands for.
         total_I: sum of a_t x, float32.
         second_II: sum of a_t x x^T, float32, or None if only norms were asked for.
         tokens: how many tokens were summed, unweighted; an integer tensor, so that no GPU is waited for.

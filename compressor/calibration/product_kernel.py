@@ -7,7 +7,7 @@ of what it counts.
 Nothing is added up in an order that could differ from run to run: the same inputs give the same bytes.
 """
 
-# Shapes: T tokens, K of them and of the padding, P programs of R tokens that read, C columns of a program, I inputs;
+# Shapes: T tokens, K with the padding, P programs of R tokens that read, C columns of a program, I inputs;
 #         M x N a tile of the product, D tokens of it at a time, S stretches of the tokens.
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportInvalidTypeForm=false

@@ -78,13 +78,13 @@ class Replay:
 
         Of one kind are those whose arguments are alike, and that are all summed or all not, all differentiated or not.
 
-        Forwards are not that are called with gradients, nor any with arguments that are neither tensors on the current
-        GPU nor plain constants. What is recorded is forgotten at the end.
+        Not recorded are forwards that are called with gradients, nor any with arguments that are neither tensors on the
+        current GPU nor plain constants. What is recorded is forgotten at the end.
 
         Args:
             meter: is told of the blocks that are timed in a replay.
             summed: whether the forward that begins adds to moments.
-            differentiated: whether it has a backward pass inside, without which others are recorded.
+            differentiated: whether it has a backward pass inside; if these cannot be recorded, others still are.
         """
         plain = self._network.forward
         seen: dict[Hashable, int] = {}
@@ -94,9 +94,9 @@ class Replay:
 
         def stop(backward: bool, problem: str) -> None:
             self._stop(backward, problem)
-            for kind in (False, True):
-                if kind not in self.recorded:
-                    graphs[kind].clear()
+            for either in (False, True):
+                if either not in self.recorded:
+                    graphs[either].clear()
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -121,7 +121,7 @@ class Replay:
                 pool = next(iter(recorded.values())).graph.pool() if recorded else None
                 found = _try(lambda: _record(plain, leaves, spec, meter, pool))
                 if isinstance(found, str):  # such as that memory ran out, of which the forward itself may have enough
-                    stop(backward, found)
+                    stop(backward or True in self.recorded, found)  # then others are tried again without those
                     return plain(*args, **kwargs)
                 recorded[key] = found
                 self.recorded.add(backward)

@@ -237,7 +237,7 @@ class CalibrationFacts:
         batch: prompts at a time, after backing off for memory.
         packages: into how many groups the layers were cut, each calibrated on the ones before it pruned.
         forwards: forwards of the component, over all packages.
-        differentiated: of these, those with a backward pass, which alone were gathered; 0 if gradients were not.
+        differentiated: of these, those with a backward pass, which are summed alone where gradients are gathered.
         tokens: tokens that entered the moments, over all inputs.
         nonfinite: by layer name, how many tokens were skipped because they were not finite; only where any were.
 
