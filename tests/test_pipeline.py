@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from compressor import pipeline
 from compressor.errors import CompressorError
 from compressor.recipe import Model
 from compressor.structure.groups import FUSED
+from tests import tiny
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIG = "transformer/config.json"
