@@ -387,7 +387,7 @@ def sana() -> Any:
             decoder_norm_types="rms_norm",
             decoder_act_fns="silu",
         ),
-        text_encoder=_decoder("Gemma2"),
+        text_encoder=_decoder("Gemma2", layers=1),  # the pipeline's own instructions make prompts long
         tokenizer=_t5_tokenizer(),
     )
 
@@ -504,12 +504,12 @@ def _t5(kind: str = "T5") -> Any:
     return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
-def _decoder(kind: str) -> Any:
+def _decoder(kind: str, layers: int = 2) -> Any:
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=32,
         hidden_size=TEXT_WIDTH,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
