@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 import yaml
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -23,13 +22,15 @@ from compressor.progress import Progress
 from compressor.recipe import Model
 from compressor.run import run
 from compressor.units import size
+from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
 RECORD = {"recipe": {"export": []}}
 
 
 @pytest.fixture
 def loaded() -> pipeline.Pipeline:
-    return pipeline.load(Model(source=str(tiny.folder("sd3"))), "cpu")
+    return tiny.load("sd3")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from typing import Any
 
 import click.testing
 import pytest
-import tiny
 import yaml
 from PIL import Image
 
@@ -21,6 +20,9 @@ from compressor.cli import main
 from compressor.errors import CompressorError
 from compressor.plugin import Export
 from compressor.progress import Progress
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("looked_at_once")
 
 
 @pytest.fixture(autouse=True)

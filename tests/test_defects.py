@@ -31,6 +31,8 @@ from compressor.run import run
 from tests import tiny
 from tests.tiny import diffusers
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
+
 
 def make_recipe(output: Path, prune: list[dict], **changes) -> Recipe:
     data = {

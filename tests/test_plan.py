@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 
 from compressor import plan_table, recipe
 from compressor.errors import CompressorError
 from compressor.plan import Plan, plan
 from compressor.units import count, percent
+from tests import tiny
 
 SD3: dict[str, Any] = {
     "_class_name": "SD3Transformer2DModel",

@@ -112,11 +112,10 @@ def test_a_plugin_of_another_distribution_is_found_loaded_and_used_in_a_recipe(i
 
 
 def test_it_prunes_a_pipeline_like_any_other(install, tmp_path):
-    import tiny
-
     from compressor import checkpoint
     from compressor.progress import Progress
     from compressor.run import run
+    from tests import tiny
 
     install("other", {"zero": "other_module:Zero"})
     file = tmp_path / "r.yaml"

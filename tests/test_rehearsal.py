@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -20,7 +19,9 @@ from compressor.recipe import Model
 from compressor.report.facts import read
 from compressor.run import run
 from compressor.structure import find_groups
+from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
 SERVED = {
     "pixart": ("PixArtTransformer2DModel", 10, "transformer_blocks", 4, 2, ""),
     "auraflow": (

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from compressor import units
 from compressor.plugin import Samples
@@ -40,22 +41,8 @@ def render(report: Report, samples: Samples | None) -> str:
         samples: the pairs to show, if any were drawn.
 
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": units.percent,
-        "size": units.size,
-        "count": units.count,
-        "duration": units.duration,
-    }
-    environment.filters["number"] = units.number
     fate, left = _fate(report), _left(report.structure) if report.structure else None
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         report=report,
         fate=fate,
         structure=left,
@@ -80,6 +67,25 @@ def render(report: Report, samples: Samples | None) -> str:
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True, width=100),
         dash=units.DASH,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": units.percent,
+        "size": units.size,
+        "count": units.count,
+        "duration": units.duration,
+        "number": units.number,
+    }
+    return environment.get_template("page.html.j2")
 
 
 @dataclass(frozen=True)

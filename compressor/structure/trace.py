@@ -18,6 +18,9 @@ from compressor.structure.family import Family, Target, find_targets
 _ALIKE = frozenset({F.silu, F.gelu})
 """Functions whose output has the shape, strides and dtype of their first argument."""
 
+_OF_TWO = frozenset(getattr(owner, name) for owner in (torch, Tensor) for name in ("add", "sub", "mul", "div"))
+"""Functions of every element and its counterpart."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -105,7 +108,9 @@ class _ByShapes(TorchFunctionMode):
         given = kwargs or {}
         if func in _ALIKE and args and not given.get("inplace"):
             return torch.empty_like(args[0])
-        if func is F.layer_norm and len(args) > 1 and tuple(args[1]) == args[0].shape[-len(args[1]) :]:
+        if func in _OF_TWO and len(args) == 2 and not given and _fits_into(args[1], args[0]):
+            return args[0].new_empty(args[0].shape)
+        if func in (F.layer_norm, F.rms_norm) and len(args) > 1 and tuple(args[1]) == args[0].shape[-len(args[1]) :]:
             return args[0].new_empty(args[0].shape)
         if func is F.group_norm and len(args) > 1 and args[0].dim() > 1 and args[0].shape[1] % args[1] == 0:
             return args[0].new_empty(args[0].shape)
@@ -119,3 +124,13 @@ class _ByShapes(TorchFunctionMode):
                 self.macs += query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
                 return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return func(*args, **given)
+
+
+def _fits_into(other: Any, x: Any) -> bool:
+    """Whether a function of every element of both has the shape and dtype of `x`, and lies in memory in order."""
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.is_contiguous()):
+        return False
+    if not isinstance(other, Tensor):
+        return isinstance(other, int | float)
+    pairs = zip(reversed(other.shape), reversed(x.shape), strict=False)
+    return other.dtype == x.dtype and other.dim() <= x.dim() and all(own in (1, size) for own, size in pairs)

@@ -1,9 +1,12 @@
 """One thread a test process: networks this small lose more by waiting for each other than they gain."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
+
+from compressor.shapes import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +16,10 @@ def _one_thread_and_quiet():
     logging.getLogger("transformers").setLevel(logging.ERROR)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _drawn_in_two_steps(monkeypatch):
+    """The pictures that quality is measured of, where it does not matter how good they are."""
+    quality: Any = evaluate.quality
+    monkeypatch.setitem(quality.__kwdefaults__, "steps", 2)

@@ -1,5 +1,6 @@
 """The U-Net and Flux are trained with the shipped tokenizer, autoencoder and judge, and fed as diffusers feeds them."""
 
+import copy
 import json
 import math
 
@@ -30,9 +31,9 @@ def vae():
     return AutoencoderKL.from_pretrained(builtin.path("shapes") / "vae")
 
 
-@pytest.fixture
-def model(tokenizer, vae):
-    """Flux, untrained, in double precision, with weights that all matter."""
+@pytest.fixture(scope="module")
+def untrained(tokenizer, vae):
+    """Flux, in double precision, with weights that all matter."""
     built = flux.build(tokenizer, vae).double().eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -41,6 +42,13 @@ def model(tokenizer, vae):
     return built
 
 
+@pytest.fixture
+def model(untrained):
+    """A copy of it."""
+    return copy.deepcopy(untrained)
+
+
+@pytest.mark.usefixtures("_drawn_in_two_steps")
 @pytest.mark.parametrize(("family", "network"), [("unet", "unet"), ("flux", "transformer")])
 def test_a_family_is_trained_with_what_ships_and_becomes_a_folder(tmp_path, family, network):
     run = CliRunner().invoke(

@@ -86,6 +86,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.usefixtures("_drawn_in_two_steps")
 def test_all_stages_run_and_go_on(tmp_path):
     runner = CliRunner()
     begun = runner.invoke(main, ["--out", str(tmp_path), "--until", "judge", "--steps", "3", *TINY])

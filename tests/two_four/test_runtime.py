@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click.testing
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -14,6 +13,7 @@ from compressor.errors import CompressorError
 from compressor.sparsity import lowest_of_groups
 from compressor.two_four import layers, product
 from compressor.two_four.runtime import Forward, explain, install
+from tests import tiny
 
 ALGORITHM = (7, 1, -1)
 

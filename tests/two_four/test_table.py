@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from compressor_obs_diff.granularities import NM
@@ -19,7 +18,9 @@ from compressor.two_four import table
 from compressor.two_four.choice import Tabled, chosen, explain
 from compressor.two_four.product import Timed, unfit
 from compressor.two_four.table import Row, Table
+from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("looked_at_once")
 VERSIONS = {"torch": "2.11.0", "cusparselt": "0.8.0"}
 
 
