@@ -195,9 +195,11 @@ def test_the_warning_of_too_few_tokens_counts_those_that_a_run_sums(kind: Moment
             assert f" sees {int(found[target.name].tokens)} for 10000 inputs" in str(note)
 
 
-def test_who_asks_for_a_share_that_gradients_make_no_use_of_is_told():
+def test_who_asks_for_a_share_that_gradients_make_no_use_of_is_told(monkeypatch):
+    monkeypatch.setattr(gradients, "LEAST", 6)  # of three prompts' three steps
+
     def warnings(kind: MomentKind, tokens: float) -> list[str]:
-        _, calibration, _ = collect(kind, steps=100, tokens=tokens)
+        _, calibration, _ = collect(kind, steps=3, tokens=tokens)
         return [warning for warning in calibration.facts.warnings if "calibration.tokens" in warning]
 
     assert warnings("gradients", 0.8) == [
