@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from compressor import pipeline as pipelines
 from compressor import prompts
-from compressor.calibration import explain_rank, explain_share, sampling
+from compressor.calibration import sampling
+from compressor.calibration.foretold import foretell
 from compressor.calibration.packages import Package, cut
 from compressor.entries import Entry, check_apart, enter, explain_left_out
 from compressor.prepare import check_exporters, explain_dense, explain_guidance
@@ -236,14 +237,8 @@ def _plan_entry(
     if entry.pruner.moments != "none" and given is not None:
         packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
         forwards = entry.pruner.passes(len(packages)) * given.steps * math.ceil(texts / given.batch)
-        if entry.pruner.moments in ("second", "gradients"):
-            guided = sampling.guided(folder, given.guidance)
-            note = explain_rank(
-                targets, seen, entry.pruner.moments, texts, given.steps, guided, given.tokens, given.batch
-            )
-            notes += [note] if note else []
-        if entry.pruner.moments == "gradients" and (note := explain_share(given, texts)):
-            notes.append(note)
+        guided = sampling.guided(folder, given.guidance)
+        notes += foretell(targets, seen, entry.pruner.moments, texts, guided, given)
     groups = tuple(
         PlannedGroup(
             group.name,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressor import plan_table, report
 from compressor import recipe as recipes
-from compressor.calibration import explain_rank
+from compressor.calibration.foretold import explain_rank
 from compressor.compare import compare
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline

@@ -12,7 +12,8 @@ from compressor_obs_diff import OBSDiff
 from compressor_obs_diff.weightings import LogDecrease, Uniform
 from torch import Tensor, nn
 
-from compressor.calibration import Moments, StepCounter, explain_rank, sampling
+from compressor.calibration import Moments, StepCounter, sampling
+from compressor.calibration.foretold import explain_rank
 from compressor.calibration.packages import Package, cut
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline

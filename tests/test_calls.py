@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration, Moments, explain_rank, gradients
+from compressor.calibration import Calibration, Moments, gradients
 from compressor.calibration.calls import Calls
+from compressor.calibration.foretold import explain_rank
 from compressor.plugin import MomentKind
 from compressor.ranks import ALONE, Ranks
 from compressor.recipe import Calibration as Options

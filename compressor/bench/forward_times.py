@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from compressor.bench import forwards, prune_table
-from compressor.bench.gathered import Load, Network
+from compressor.bench.gathered import Load, Network, packages
 from compressor.bench.networks import free_memory
 from compressor.bench.prune_table import ForwardRow
 from compressor.bench.timing import in_turns
@@ -131,7 +131,7 @@ class Forwards:
                 alike.setdefault(key, []).append(i)
         for (kind, _), places in alike.items():
             entry = self.network.entries[places[0]]
-            cuts = self.network.packages(entry)
+            cuts = packages(self.network.subject, self.network.seen, entry.calibrated, kind)
             (whole,) = cut(entry.calibrated, self.network.seen, kind, 1, None)
             what = ", ".join(self.network.subject.cases[i] for i in places)
             loads = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -19,9 +19,9 @@ from compressor.calibration.compiled import Blocks
 from compressor.calibration.packages import cut
 from compressor.calibration.replay import Replay
 from compressor.calibration.timing import Meter
-from compressor.entries import Entry, enter
+from compressor.entries import enter
 from compressor.plugin import MomentKind
-from compressor.structure import Trace
+from compressor.structure import Target, Trace
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,6 @@ class Network:
         self.replays = subject.calibration.cuda_graphs and obstacle is None
         self.replay: Replay | None = None
 
-    def packages(self, entry: Entry) -> tuple[Package, ...]:
-        """Those that the recipe cuts an entry's layers into."""
-        return packages(self.subject, self.seen, entry)
-
     @contextmanager
     def gathering(self, load: Load) -> Iterator[tuple[dict[str, Moments], Callable[[], object]]]:
         """While it lasts, forwards add to moments.
@@ -120,7 +116,7 @@ class Network:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
-def packages(subject: Subject, seen: Trace, entry: Entry) -> tuple[Package, ...]:
-    """Those that a recipe cuts an entry's layers into."""
+def packages(subject: Subject, seen: Trace, targets: Sequence[Target], kind: MomentKind) -> tuple[Package, ...]:
+    """Those that a recipe cuts layers into, for moments of that kind."""
     given = subject.calibration
-    return cut(entry.calibrated, seen, entry.pruner.moments, given.packages, given.memory)
+    return cut(targets, seen, kind, given.packages, given.memory)

@@ -88,7 +88,7 @@ def _plan(subject: Subject) -> Trace:
     seen = trace(twin, subject.family, height=subject.height, width=subject.width, sequence=subject.model.tokens)
     for entry in enter(subject.recipe, "network", twin, subject.family, seen):
         if entry.pruner.moments != "none":
-            packages(subject, seen, entry)
+            packages(subject, seen, entry.calibrated, entry.pruner.moments)
     return seen
 
 
@@ -123,11 +123,12 @@ def _jobs(timed: Forwards, entry: Entry, case: Case, rows: Mapping[str, ForwardR
     names = timed.names[entry.where]
     given = timed.network.subject.calibration
 
+    differentiated = entry.pruner.moments == "gradients"
+
     def share(tokens: float) -> float:
-        differentiated = entry.pruner.moments == "gradients"
         return gradients.share_of(given.samples, given.steps, tokens) if differentiated else tokens
 
-    of_some = 1.0 if names["some"] != names["all"] else share(SHARE)  # plain ones are timed with them
+    of_some = share(SHARE) if differentiated else 1.0  # plain ones are timed with them
     found = [("1 package", "all", share(1.0)), (f"1 package, {percent(SHARE)}", "some", of_some)]
     count = len(names["packages"])
     if count > 1 or given.tokens not in (1.0, SHARE):

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 from compressor.bench import prune_table
-from compressor.bench.gathered import Load, Network
+from compressor.bench.gathered import Load, Network, packages
 from compressor.bench.networks import free_memory
 from compressor.bench.prune_table import Case, SolveRow
 from compressor.calibration import Calibration, Moments, Package
-from compressor.calibration.packages import cut
 from compressor.entries import Entry
 from compressor.plugin import MomentKind, Removed, Weighting
 from compressor.progress import Progress
@@ -29,8 +28,7 @@ class Source:
 
     def packages(self, targets: Sequence[Target], kind: MomentKind, *, deal_out: bool = False) -> tuple[Package, ...]:
         """As the recipe says, for one process."""
-        given = self._network.subject.calibration
-        return cut(targets, self._network.seen, kind, given.packages, given.memory)
+        return packages(self._network.subject, self._network.seen, targets, kind)
 
     def collect(self, package: Package, kind: MomentKind, _weighting: Weighting) -> dict[str, Moments]:
         """Of one forward."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import sys
 from collections import Counter
@@ -193,8 +192,7 @@ def _timed(model: KnownModel, settings: Settings, device: torch.device, progress
         )
         calls.clear()
         sparse = placed = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        networks.free_memory()
 
 
 def share_weights(network: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,10 +16,12 @@ from compressor.calibration import gathering, gradients, kernels, replay, sampli
 from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
+from compressor.calibration.foretold import foretell
 from compressor.calibration.gradients import Differentiated
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.replay import Replay
+from compressor.calibration.steps import StepCounter
 from compressor.calibration.timing import Meter
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
@@ -64,62 +65,6 @@ class Facts:
     moment_seconds: float = 0.0
     moment_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
-
-
-class StepCounter:
-    """Tells the inference step from the network's own `timestep` input.
-
-    Calls are not counted, as a scheduler may call the network several times at one timestep (Heun, PNDM). The step is
-    the place in the schedule of the nearest timestep: half precision may have rounded it, some pipelines divide it, and
-    some, as Lumina 2 and Z-Image, turn it round: 1 - t / T, or T - t.
-
-    Args:
-        schedule: the scheduler's timesteps, in sampling order, with or without repetitions.
-        training: T, how many timesteps the scheduler was trained with.
-    """
-
-    def __init__(self, schedule: Tensor, training: float = 1000.0) -> None:
-        self.timesteps: tuple[float, ...] = tuple(dict.fromkeys(schedule.tolist()))
-        self._training = float(training)
-        self._scale: float | None = None
-        self._turned: tuple[float, ...] = ()
-
-    @property
-    def steps(self) -> int:
-        """How many there are."""
-        return len(self.timesteps)
-
-    def step(self, timestep: Tensor | float) -> int:
-        """The step, from 0, of a network call with this timestep (a number, or one for each sample).
-
-        The first call must be that of the first step.
-        """
-        value = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-        if self._scale is None and not self._turned:
-            self._recognise(value)
-        if self._turned and self._scale is None:
-            if value == 0:
-                return 0  # T - t where t is T: the same in every unit
-            self._scale = min(1.0, 1 / self._training, key=lambda unit: abs(self._turned[1] * unit - value))
-        known = self._turned or self.timesteps
-        distances = [abs(number * (self._scale or 1.0) - value) for number in known]
-        return distances.index(min(distances))
-
-    def _recognise(self, value: float) -> None:
-        """Decides by the first call whether the timesteps are turned round, and in which unit they are.
-
-        Where both would fit, as 0.999 is t / T of 999 and, rounded, T - t, they are not.
-        bfloat16 rounds timesteps near 1000 by up to 2.
-        """
-        first, units = self.timesteps[0], (1.0, 1 / self._training)
-        straight = any(abs(first * unit - value) <= 0.01 * first * unit for unit in units)
-        turned = tuple(self._training - t for t in self.timesteps)
-        unit = min(units, key=lambda unit: abs(turned[0] * unit - value))
-        if not straight and self.steps > 1 and abs(turned[0] * unit - value) <= 0.0025 * self._training * unit:
-            self._turned = turned
-            self._scale = None if value == 0 else unit
-        else:
-            self._scale = value / first if first else 1.0
 
 
 class Calibration:
@@ -206,16 +151,9 @@ class Calibration:
         targets = tuple(targets)
         packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
         self.owners = {}
-        if kind in ("second", "gradients"):
-            guided = sampling.guided(self._pipeline.folder, self._options.guidance)
-            options = self._options
-            note = explain_rank(
-                targets, self._trace, kind, self._prompts, options.steps, guided, options.tokens, options.batch
-            )
-            if note:
-                self.warn(note)
-            if kind == "gradients" and (note := explain_share(options, self._prompts)):
-                self.warn(note)
+        guided = sampling.guided(self._pipeline.folder, self._options.guidance)
+        for note in foretell(targets, self._trace, kind, self._prompts, guided, self._options):
+            self.warn(note)
         if deal_out and self._ranks.count > 1:
             packages = tuple(deal(package, self._ranks.rank, self._ranks.count) for package in packages)
             self.owners = {
@@ -409,64 +347,3 @@ class Calibration:
             self.warn(
                 f"{group.name}: {skipped} of {tokens + skipped} tokens were not finite and were left out of its moments"
             )
-
-
-def explain_rank(
-    targets: Sequence[Target],
-    trace: Trace,
-    kind: MomentKind,
-    prompts: int,
-    steps: int,
-    guided: bool,
-    share: float = 1.0,
-    batch: int = 1,
-) -> str | None:
-    """A warning if some layers see fewer distinct tokens than they have inputs, or None.
-
-    An input that is an argument of the network's forward, such as the prompt's embedding, is the same at every step. An
-    adaLN linear's is made of the timestep and of the prompt, so that of the empty prompt is the same for all samples.
-
-    Args:
-        targets: the layers.
-        trace: tells the tokens of each.
-        kind: which moments are collected; with `gradients`, inputs are summed in few of the calls.
-        prompts: how many are sampled.
-        steps: inference steps.
-        guided: whether every prompt is joined by the empty one, which is the same for all of them.
-        share: of the calls that are summed, at the most.
-        batch: prompts of the first batch, of which at least one call is.
-    """
-    copies = 2 if guided else 1
-
-    def tokens_of(target: Target, prompts: int) -> float:
-        first = min(batch, prompts)
-        if kind == "gradients":
-            called = max(prompts * steps * gradients.share_of(prompts, steps, share), first) / prompts
-        else:
-            called = (first * max(steps * share, 1) + (prompts - first) * steps * share) / prompts
-        constant = target.name in trace.constant
-        alone = constant or target.layer.part == "adaln"  # of the noise, so that all empty prompts give the same
-        texts = prompts + copies - 1 if alone else prompts * copies
-        return texts * trace.tokens[target.name] * (min(called, 1.0) if constant else called)
-
-    short = [target for target in targets if tokens_of(target, prompts) < target.inputs]
-    if not short:
-        return None
-    worst = min(short, key=lambda target: tokens_of(target, prompts) / target.inputs)
-    enough = bisect_left(range(10**12), worst.inputs, lo=prompts + 1, key=lambda count: tokens_of(worst, count))
-    return (
-        f"{len(short)} of {len(targets)} layers see fewer distinct tokens than they have inputs, so that damping "
-        f"decides: {worst.name} sees {round(tokens_of(worst, prompts))} for {worst.inputs} inputs; about "
-        f"{enough} prompts would do"
-    )
-
-
-def explain_share(options: Options, prompts: int) -> str | None:
-    """A warning if gradients are gathered and a share of the tokens is asked for that changes nothing, or None."""
-    share = gradients.share_of(prompts, options.steps, 1.0)
-    if options.tokens == 1 or options.tokens < share:
-        return None
-    return (
-        f"calibration.tokens has no effect: gradients are gathered, for which {100 * share:.3g} % of the forwards are "
-        "differentiated, and no others are summed; less than that would have one"
-    )
