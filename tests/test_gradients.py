@@ -374,7 +374,7 @@ def test_harms_of_two_layers_compare_as_the_errors_of_the_networks_output_that_t
     with (
         torch.no_grad(),
         gathering.watch(
-            *(network, package, "gradients", lambda _: 1.0, Calls(1.0, 0, 60, 1), meter),
+            *(network, package, "gradients", lambda _: (0, 1.0), Strides(1, 1), Calls(1.0, 0, 60, 1), meter),
             differentiated=Differentiated(share),
         ) as (moments, next_batch),
     ):

@@ -18,6 +18,7 @@ from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.packages import cut
 from compressor.calibration.replay import Replay
+from compressor.calibration.strides import Strides
 from compressor.calibration.timing import Meter
 from compressor.entries import enter
 from compressor.plugin import MomentKind
@@ -87,7 +88,8 @@ class Network:
             self.module,
             load.package,
             load.kind,
-            lambda timestep: 1.0 + counter.step(timestep),
+            lambda timestep: (counter.step(timestep), 1.0),
+            Strides(1, 1),
             Calls(1 / load.stretch, 0, load.stretch, 1),
             Meter(self.device),
             self.blocks if load.compiled else None,

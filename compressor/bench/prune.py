@@ -17,6 +17,7 @@ from compressor.bench.solve_times import Solves
 from compressor.bench.subjects import Asked, Subject
 from compressor.calibration import gradients
 from compressor.calibration.compiled import check as check_compiler
+from compressor.calibration.strides import mean_runs
 from compressor.entries import Entry, enter
 from compressor.errors import CompressorError
 from compressor.output import write_whole
@@ -126,7 +127,8 @@ def _jobs(timed: Forwards, entry: Entry, case: Case, rows: Mapping[str, ForwardR
     differentiated = entry.pruner.moments == "gradients"
 
     def share(tokens: float) -> float:
-        return gradients.share_of(given.samples, given.steps, tokens) if differentiated else tokens
+        runs = mean_runs(given.steps, given.stride)
+        return gradients.share_of(given.samples, runs, tokens) if differentiated else tokens
 
     of_some = share(SHARE) if differentiated else 1.0  # plain ones are timed with them
     found = [("1 package", "all", share(1.0)), (f"1 package, {percent(SHARE)}", "some", of_some)]

@@ -15,6 +15,7 @@ from compressor.bench.models import KnownModel
 from compressor.bench.networks import VAE_FACTOR
 from compressor.bench.settings import check_size
 from compressor.calibration import sampling
+from compressor.calibration.strides import all_runs
 from compressor.errors import CompressorError
 from compressor.pipeline import Folder
 from compressor.recipe import Recipe
@@ -92,8 +93,9 @@ class Subject:
 
     @property
     def forwards(self) -> int:
-        """How often one pass over all prompts calls the network, with a scheduler that calls it once a step."""
-        return -(-self.calibration.samples // self.calibration.batch) * self.calibration.steps
+        """How often one pass over all prompts runs the network, with a scheduler that calls it once a step."""
+        given = self.calibration
+        return all_runs(given.steps, given.stride, -(-given.samples // given.batch))
 
 
 def find(name: str, asked: Asked) -> Subject:

@@ -22,6 +22,7 @@ from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.replay import Replay
 from compressor.calibration.steps import StepCounter
+from compressor.calibration.strides import Strides, first_runs, mean_runs
 from compressor.calibration.timing import Meter
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
@@ -42,8 +43,9 @@ class Facts:
 
     Attributes:
         prompts: how many are sampled.
-        forwards: calls of the network.
-        differentiated: of these, those with a backward pass, which are summed alone where gradients are gathered.
+        forwards: calls that the network ran.
+        stood: calls for which its last output stood.
+        differentiated: forwards with a backward pass, which alone are summed where gradients are gathered.
         tokens: tokens summed, over all groups.
         skipped: layers whose input had tokens that were not finite, and how many.
         batch: prompts at a time, after any halving.
@@ -56,6 +58,7 @@ class Facts:
 
     prompts: int = 0
     forwards: int = 0
+    stood: int = 0
     differentiated: int = 0
     tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -114,7 +117,8 @@ class Calibration:
     def start_over(self) -> None:
         """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
         options, prompts = self._options, self._prompts
-        self._differentiated = Differentiated(gradients.share_of(prompts, options.steps, options.tokens))
+        runs = mean_runs(options.steps, options.stride)
+        self._differentiated = Differentiated(gradients.share_of(prompts, runs, options.tokens))
         self._replay = None
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
@@ -185,7 +189,8 @@ class Calibration:
             torch.cuda.synchronize(self._pipeline.device)  # what the pruner has left to do is not sampling
         self._exchange()
         start = time.perf_counter()
-        forwards, differentiated = self.facts.forwards, self.facts.differentiated
+        facts = self.facts
+        counted = facts.forwards, facts.stood, facts.differentiated
         before = self._differentiated.count
         meter = Meter(self._pipeline.device)
         while True:
@@ -200,12 +205,12 @@ class Calibration:
                 self._halve_batch(package, error)
         self._tell_of_replays()
         self._share(package, moments)
-        self.facts.differentiated += self._differentiated.count - before
-        self._settle(forwards, differentiated)
-        self.facts.packages += 1
-        self.facts.seconds += time.perf_counter() - start
-        self.facts.moment_seconds += meter.seconds
-        self.facts.moment_bytes = max(self.facts.moment_bytes, package.moment_bytes)
+        facts.differentiated += self._differentiated.count - before
+        self._settle(counted)
+        facts.packages += 1
+        facts.seconds += time.perf_counter() - start
+        facts.moment_seconds += meter.seconds
+        facts.moment_bytes = max(facts.moment_bytes, package.moment_bytes)
         for group in package.every or package.groups:
             self._account(group, moments[group.name])
         return {group.name: moments[group.name] for group in package.groups}
@@ -248,51 +253,56 @@ class Calibration:
                 found.gradients.clear()
             self._changing += [(target, owner or 0) for target in group.targets]
 
-    def _settle(self, forwards: int, differentiated: int) -> None:
-        """Counts what all processes did together since there were so many."""
+    def _settle(self, before: tuple[int, int, int]) -> None:
+        """Counts what all processes did together since there were so many calls run, stood for, differentiated."""
         if self._ranks.count == 1:
             return
         facts = self.facts
-        found = self._ranks.gather((facts.forwards - forwards, facts.differentiated - differentiated, facts.batch))
-        facts.forwards = forwards + sum(each for each, _, _ in found)
-        facts.differentiated = differentiated + sum(each for _, each, _ in found)
-        batch = min(batch for _, _, batch in found)
-        if batch < self.facts.batch:
+        now = facts.forwards, facts.stood, facts.differentiated
+        done = self._ranks.gather(tuple(n - b for n, b in zip(now, before, strict=True)))
+        facts.forwards, facts.stood, facts.differentiated = (sum(all) for all in zip(before, *done, strict=True))
+        batch = min(self._ranks.gather(facts.batch))
+        if batch < facts.batch:
             self.warn(f"memory ran out for another process: calibration goes on with a batch of {batch}")
-        self.facts.batch = batch
+        facts.batch = batch
 
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
         options, batch = self._options, self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
-        weigh = self._weigher(weighting)
-        with (
-            gathering.watch(
-                self._pipeline.module,
-                package,
-                kind,
-                weigh,
-                Calls(options.tokens, self._seed, options.steps, batch),
-                meter,
-                self._blocks,
-                self._differentiated,
-                self._replay,
-            ) as (moments, next_batch),
-            self._progress.task(title, total=len(self._encoded)) as advance,
-        ):
-            for start in range(0, len(self._encoded), batch):
-                prompts = self._encoded[start : start + batch]
-                next_batch(self._places[start])
-                sampling.sample(self._pipeline, prompts, self._settings, "latent")
-                meter.settle()
-                advance(len(prompts))
+        strides = Strides(options.stride, batch)
+        try:
+            with (
+                gathering.watch(
+                    self._pipeline.module,
+                    package,
+                    kind,
+                    self._weigher(weighting),
+                    strides,
+                    Calls(options.tokens, self._seed, first_runs(options.steps, options.stride), batch),
+                    meter,
+                    self._blocks,
+                    self._differentiated,
+                    self._replay,
+                ) as (moments, next_batch),
+                self._progress.task(title, total=len(self._encoded)) as advance,
+            ):
+                for start in range(0, len(self._encoded), batch):
+                    prompts = self._encoded[start : start + batch]
+                    next_batch(self._places[start])
+                    sampling.sample(self._pipeline, prompts, self._settings, "latent")
+                    meter.settle()
+                    advance(len(prompts))
+        finally:
+            self.facts.forwards += strides.ran
+            self.facts.stood += strides.stood
         return {name: m.finish() for name, m in moments.items()}
 
-    def _weigher(self, weighting: Weighting) -> Callable[[Tensor | float], float]:
-        """Tells what a forward counts, and counts forwards."""
+    def _weigher(self, weighting: Weighting) -> Callable[[Tensor | float], tuple[int, float]]:
+        """Tells the step of a call, and what it counts."""
         counter: StepCounter | None = None
         weights: tuple[float, ...] = ()
 
-        def weigh(timestep: Tensor | float) -> float:
+        def weigh(timestep: Tensor | float) -> tuple[int, float]:
             nonlocal counter, weights
             if counter is None:
                 scheduler = self._pipeline.pipe.scheduler
@@ -300,8 +310,8 @@ class Calibration:
                 counter = StepCounter(scheduler.timesteps, training)
                 weights = weighting.weights(Schedule(counter.timesteps, copy.deepcopy(scheduler)))
                 assert len(weights) == counter.steps, f"{len(weights)} weights for {counter.steps} steps"
-            self.facts.forwards += 1
-            return weights[counter.step(timestep)]
+            step = counter.step(timestep)
+            return step, weights[step]
 
         return weigh
 

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from compressor.calibration import gradients
+from compressor.calibration.strides import mean_runs
 from compressor.plugin import MomentKind
 from compressor.recipe import Calibration as Options
 from compressor.structure import Target, Trace
@@ -22,10 +23,11 @@ def foretell(
         kind: which moments are collected.
         prompts: how many are sampled.
         guided: whether every prompt is joined by the empty one.
-        options: steps, tokens and batch.
+        options: steps, stride, tokens and batch.
     """
     if kind in ("second", "gradients"):
-        note = explain_rank(targets, trace, kind, prompts, options.steps, guided, options.tokens, options.batch)
+        runs = mean_runs(options.steps, options.stride)
+        note = explain_rank(targets, trace, kind, prompts, runs, guided, options.tokens, options.batch)
         if note is not None:
             yield note
     if kind == "gradients" and (note := explain_share(options, prompts)) is not None:
@@ -37,7 +39,7 @@ def explain_rank(
     trace: Trace,
     kind: MomentKind,
     prompts: int,
-    steps: int,
+    steps: float,
     guided: bool,
     share: float = 1.0,
     batch: int = 1,
@@ -52,7 +54,7 @@ def explain_rank(
         trace: tells the tokens of each.
         kind: which moments are collected; with `gradients`, inputs are summed in few of the calls.
         prompts: how many are sampled.
-        steps: inference steps.
+        steps: of a prompt, at which the network runs; their mean.
         guided: whether every prompt is joined by the empty one, which is the same for all of them.
         share: of the calls that are summed, at the most.
         batch: prompts of the first batch, of which at least one call is.
@@ -84,7 +86,7 @@ def explain_rank(
 
 def explain_share(options: Options, prompts: int) -> str | None:
     """A warning if gradients are gathered and a share of the tokens is asked for that changes nothing, or None."""
-    share = gradients.share_of(prompts, options.steps, 1.0)
+    share = gradients.share_of(prompts, mean_runs(options.steps, options.stride), 1.0)
     if options.tokens == 1 or options.tokens < share:
         return None
     return (

@@ -18,6 +18,7 @@ from compressor.calibration.curvature import Gradients
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package
 from compressor.calibration.replay import Replay
+from compressor.calibration.strides import Strides, holding
 from compressor.calibration.timing import Meter
 from compressor.plugin import MomentKind
 
@@ -27,7 +28,8 @@ def watch(
     network: nn.Module,
     package: Package,
     kind: MomentKind,
-    weigh: Callable[[Tensor | float], float],
+    weigh: Callable[[Tensor | float], tuple[int, float]],
+    strides: Strides,
     calls: Calls,
     meter: Meter,
     blocks: Blocks | None = None,
@@ -44,8 +46,9 @@ def watch(
         package: the layers.
         kind: `norms`, `second` or `gradients`, as in `Calibration.collect`. With the last, only the calls that are
             differentiated are summed.
-        weigh: how much a forward counts, by its timestep; called once at the beginning of each.
-        calls: draws those that are summed; not with `gradients`.
+        weigh: the step of a call, and how much that counts, by its timestep; called once at the beginning of each.
+        strides: which calls the network runs.
+        calls: draws those of them that are summed; not with `gradients`.
         meter: gets the time that adding to moments takes.
         blocks: of the network, if they are to run compiled; not with `gradients`.
         differentiated: the calls that are for `gradients`, the same for all packages; all if None.
@@ -61,14 +64,21 @@ def watch(
 
     def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal weight, summed
-        times = 1.0 if kind == "gradients" else calls.next_call()
-        weight = times * weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
-        summed = times > 0
+        step, counts = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
+        steps = strides.begin(step, args, kwargs)
+        times = 1.0 if kind == "gradients" or strides.held else calls.next_call()
+        weight = steps * times * counts
+        summed = steps * times > 0
         if summed:
             if live is not None:
                 live.fill_(weight)
             meter.next_forward()
 
+    def next_batch(prompt: int) -> None:
+        for drawn in (strides, differentiated if kind == "gradients" else calls):
+            drawn.next_batch(prompt)
+
+    differentiated = differentiated or gradients.Differentiated(1.0)
     coupled = Coupled(groups, moments, meter)
 
     def adding(group: Group) -> Callable[[Tensor], None]:
@@ -92,12 +102,15 @@ def watch(
     of_blocks = blocks.gathering([(g.targets[0], adding(g)) for g in inside]) if blocks is not None else nullcontext()
     try:
         if kind != "gradients":
-            with of_blocks, replay.replaying(meter, summed=lambda: summed) if replay is not None else nullcontext():
-                yield moments, calls.next_batch
+            with (
+                of_blocks,
+                replay.replaying(meter, summed=lambda: summed) if replay is not None else nullcontext(),
+                holding(network, strides),
+            ):
+                yield moments, next_batch
             return
         for g in groups:
             moments[g.name].gradients = {t.name: Gradients.empty(t.outputs, device) for t in g.targets}
-        differentiated = differentiated or gradients.Differentiated(1.0)
         with (
             gradients.watch(
                 network,
@@ -105,10 +118,12 @@ def watch(
                 lambda found, squares, scale: coupled.add(found, squares, scale, weight if live is None else live),
                 differentiated,
                 coupled.forget,
+                runs=lambda: not strides.held,
             ),
             replay.replaying(meter, differentiated=lambda: differentiated.now) if replay is not None else nullcontext(),
+            holding(network, strides),
         ):
-            yield moments, differentiated.next_batch
+            yield moments, next_batch
     finally:
         for handle in handles:
             handle.remove()

@@ -42,12 +42,12 @@ Take = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], None]
 multiplied by."""
 
 
-def share_of(prompts: int, steps: int, most: float) -> float:
+def share_of(prompts: int, steps: float, most: float) -> float:
     """The share of the calls that are differentiated, where so many prompts are sampled in so many steps.
 
     Args:
         prompts: in all.
-        steps: of each.
+        steps: of each, at which the network runs; their mean.
         most: the share that may be summed.
     """
     return min(most, max(SHARE, LEAST / (prompts * steps)))
@@ -148,6 +148,7 @@ def watch(
     take: Take,
     differentiated: Differentiated,
     forget: Callable[[], None] | None = None,
+    runs: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """While it lasts, some calls of the network are differentiated by what their layers give out.
 
@@ -160,6 +161,7 @@ def watch(
         take: is called at the end of each of these calls.
         differentiated: which. `next_batch` is to be called before every batch by whoever samples it.
         forget: is called after that, and where a call has failed.
+        runs: whether the network runs the current call; others are not counted.
     """
     plain = network.forward
     outputs: dict[str, Tensor] = {}
@@ -196,11 +198,14 @@ def watch(
         return _pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+    def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if runs():
+            differentiated.begin(args, kwargs)
+
     handles = [
-        network.register_forward_pre_hook(
-            lambda _module, args, kwargs: differentiated.begin(args, kwargs), with_kwargs=True
-        ),
-        network.register_forward_hook(lambda *_: differentiated.end()),
+        network.register_forward_pre_hook(before_network, with_kwargs=True),
+        network.register_forward_hook(lambda *_: differentiated.end() if runs() else None),
     ]
     handles += [target.module.register_forward_hook(after_layer(target)) for target in targets]
     try:

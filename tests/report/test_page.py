@@ -73,7 +73,7 @@ def test_whatever_the_user_wrote_is_escaped(report: Report, samples: Samples):
         layers=(make_row(f"{evil}.x", block=evil, part=evil, role=evil, stream=evil, pruner=evil, notes=(evil,)),),
         times={evil: 1.0},
         peak_memory={evil: 1},
-        calibration=CalibrationFacts(1, 1, 1.0, 1, 1, 1, 1, 1, {evil: 1}),
+        calibration=CalibrationFacts(1, 1, 1.0, 1, 1, 1, 1, 1, 1, {evil: 1}),
         metrics={evil: {evil: 1.0}},
         exports=(ExportFacts(evil, {evil: 1}, {evil: evil}),),
         structure=Structure((make_group(name=f"{evil}.x", block=evil, kind=evil),), (evil,), ()),
