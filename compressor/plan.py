@@ -12,6 +12,7 @@ from compressor import prompts
 from compressor.calibration import sampling
 from compressor.calibration.foretold import foretell
 from compressor.calibration.packages import Package, cut
+from compressor.calibration.strides import all_runs
 from compressor.entries import Entry, check_apart, enter, explain_left_out
 from compressor.prepare import check_exporters, explain_dense, explain_guidance
 from compressor.recipe import Recipe
@@ -66,7 +67,7 @@ class PlannedPruning:
         shares: of heads and of neurons, as asked for.
         whole: blocks that keep all their heads and neurons, though others lose some.
         packages: in order; none if nothing is calibrated.
-        forwards: calls of the network that calibration takes, if the scheduler calls once a step.
+        forwards: of the network, that calibration runs, if the scheduler calls once a step.
         left_out: layers that stay as they are though the recipe chose them, and why.
     """
 
@@ -236,7 +237,8 @@ def _plan_entry(
     given = recipe.calibration
     if entry.pruner.moments != "none" and given is not None:
         packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
-        forwards = entry.pruner.passes(len(packages)) * given.steps * math.ceil(texts / given.batch)
+        runs = all_runs(given.steps, given.stride, math.ceil(texts / given.batch))
+        forwards = entry.pruner.passes(len(packages)) * runs
         guided = sampling.guided(folder, given.guidance)
         notes += foretell(targets, seen, entry.pruner.moments, texts, guided, given)
     groups = tuple(

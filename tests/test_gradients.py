@@ -20,6 +20,7 @@ from compressor.calibration.calls import Calls
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients, blocks_of
 from compressor.calibration.gradients import Differentiated
+from compressor.calibration.strides import Strides
 from compressor.calibration.timing import Meter
 from compressor.errors import CompressorError
 from compressor.structure import Target

@@ -76,8 +76,11 @@ def load(kind: str, dtype: torch.dtype = torch.float32) -> Pipeline:
 def calibrate(
     loaded: Pipeline, texts: tuple[str, ...] = PROMPTS[:3], seed: int = 0, **options: Any
 ) -> calibration.Calibration:
-    """A calibration of a loaded pipeline; `options` are a recipe's; two steps, two prompts at a time if not given."""
-    given = {"steps": 2, "batch": 2, "guidance": 3.0, "height": SIDE, "width": SIDE} | options
+    """A calibration of a loaded pipeline.
+
+    `options` are a recipe's; if not given two steps, at both of which the network runs, and two prompts at a time.
+    """
+    given = {"steps": 2, "stride": 1, "batch": 2, "guidance": 3.0, "height": SIDE, "width": SIDE} | options
     checked = recipe.Calibration.model_validate({"prompts": list(texts), **given})
     return calibration.Calibration(loaded, traced(loaded), checked, texts, seed, quiet())
 

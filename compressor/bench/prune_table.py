@@ -242,8 +242,13 @@ def _explain(found: Measured) -> list[str]:
     given = found.subject.calibration
     return [
         f"Extrapolated from the medians above, not run: {several(given.samples, 'prompt')}, {given.batch} at a time, "
-        f"{several(given.steps, 'step')}. Loading, encoding, the scheduler, checks and saving come on top."
+        f"{several(given.steps, 'step')}{_stride(given.stride)}. Loading, encoding, the scheduler, checks and saving "
+        "come on top."
     ]
+
+
+def _stride(stride: int) -> str:
+    return f", of which the network runs the first and one of every {stride}" if stride > 1 else ""
 
 
 def _of_what(found: Measured) -> list[str]:

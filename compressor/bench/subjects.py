@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +32,7 @@ class Asked:
         size: height and width of the images in pixels.
         prompts: to calibrate with.
         steps: inference steps.
+        stride: at one of how many the network runs.
         guidance: classifier-free guidance scale.
         batch: prompts at a time.
         packages: Module Packages.
@@ -43,6 +45,7 @@ class Asked:
     size: int | None = None
     prompts: int | None = None
     steps: int | None = None
+    stride: int | None = None
     guidance: float | None = None
     batch: int | None = None
     packages: int | None = None
@@ -119,6 +122,7 @@ def _known(model: KnownModel, asked: Asked) -> Subject:
     check_size(model, size)
     whole = {} if asked.layers is None or asked.layers > 2 else {"keep_first": 0, "keep_last": 0}
     solver = {} if asked.solver is None else {"solver": asked.solver}
+    _check_stride(_calibration(asked), recipe.Calibration.model_fields["steps"].default)
     pruners = {
         "unstructured 50 %": {"sparsity": 0.5, **solver},
         "2:4": {"granularity": "n_m", **solver},
@@ -146,6 +150,7 @@ def _of_recipe(name: str, asked: Asked) -> Subject:
         raise CompressorError(f"{name}: should have a calibration to be timed, found none")
     sizes = {} if asked.size is None else {"height": asked.size, "width": asked.size}
     given = loaded.calibration.model_dump(exclude_unset=True) | sizes | _calibration(asked)
+    _check_stride(given, loaded.calibration.steps)
     if asked.packages is not None:
         given.pop("memory", None)
     loaded = loaded.model_copy(update={"calibration": recipe.Calibration.model_validate(given)})
@@ -196,12 +201,19 @@ def _calibration(asked: Asked) -> dict[str, Any]:
     given = {
         "samples": asked.prompts,
         "steps": asked.steps,
+        "stride": asked.stride,
         "guidance": asked.guidance,
         "batch": asked.batch,
         "packages": asked.packages,
         "compile": asked.compile or None,
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _check_stride(given: Mapping[str, Any], steps: int) -> None:
+    stride, steps = given.get("stride", 1), given.get("steps", steps)
+    if stride > steps:
+        raise CompressorError(f"stride should be at most steps, {steps}, found {stride}")
 
 
 def _size_of(name: str, folder: Folder, tokens: int, layers: int | None) -> KnownModel:

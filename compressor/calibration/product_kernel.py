@@ -401,11 +401,10 @@ def _multiply(
             inside = (row_M < side)[:, None] & (column_N < side)
             # one 64-bit number and 32-bit ones within the tile: registers are scarce
             at_MN = second + (tall * M).to(tl.int64) * side + (tl.arange(0, M)[:, None] * side + column_N)
-            if ADD:
-                out_MN = tl.load(at_MN, mask=inside) + _factor(weight, live).to(tl.float32) * out_MN
+            if ADD:  # once to each number: in no order that could differ, and nothing is fetched first
+                tl.atomic_add(at_MN, _factor(weight, live).to(tl.float32) * out_MN, mask=inside, sem="relaxed")
             else:
-                at_MN += stretch.to(tl.int64) * side * side
-            tl.store(at_MN, out_MN, mask=inside)
+                tl.store(at_MN + stretch.to(tl.int64) * side * side, out_MN, mask=inside)
     elif tokens is not None:
         if stretch == 0:
             _settle(

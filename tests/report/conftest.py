@@ -110,7 +110,9 @@ def report() -> Report:
         sizes=Sizes(size, pruned),
         times={"load": 1.25, "calibrate": 200.0},
         peak_memory={"cpu_resident": 1_400_000_000, "gpu_allocated": 0},
-        calibration=CalibrationFacts(128, 20, 3.0, 16, 4, 160, 480, 107, 9_830_400, {"transformer_blocks.0.attn.to_q": 7}),
+        calibration=CalibrationFacts(
+            128, 20, 3.0, 16, 4, 160, 480, 107, 9_830_400, {"transformer_blocks.0.attn.to_q": 7}
+        ),
         metrics={"pairs": {"psnr": 31.234, "psnr_se": 0.5, "images": 4.0}},
         exports=(ExportFacts("onnx", {"onnx/transformer.onnx": 18_400_000}, checks, 2.5),),
         warnings=("the calibration has few tokens",),
