@@ -110,16 +110,19 @@ def test_forwards_that_are_settled_together_stand_for_all_as_well(monkeypatch):
         meter.next_forward()
         with meter.block():
             pass
-        meter.replay([])  # one that adds to no moments
+        meter.replay(timing.Events())  # one that adds to no moments
     meter.settle()
     assert meter.seconds == 20
 
 
-def test_of_forwards_that_are_replayed_the_last_stands_for_all(monkeypatch):
+@pytest.mark.parametrize("blocks", [1, 3, 12])
+def test_of_forwards_that_are_replayed_the_last_and_some_of_its_blocks_stand_for_all(monkeypatch, blocks):
+    made = 0
+
     class Event:
         def __init__(self, *, enable_timing: bool, external: bool = False) -> None:
-            assert enable_timing
-            assert external
+            nonlocal made
+            made += enable_timing and external
 
         def record(self, stream: object) -> None:
             pass
@@ -133,14 +136,19 @@ def test_of_forwards_that_are_replayed_the_last_stands_for_all(monkeypatch):
     meter = timing.Meter(torch.device("cuda"))
     meter.next_forward()
     with meter.recording() as events:
-        for _ in range(3):
+        for i in range(blocks):
             with meter.block():
                 pass
+            if i < 2:
+                with meter.block(rare=True):
+                    pass
     for _ in range(2):
         meter.replay(events)
     meter.settle()
     meter.settle()
-    assert meter.seconds == 2 * 3
+    rare = min(blocks, 2)
+    assert meter.seconds == pytest.approx(2 * (blocks + rare))
+    assert made == 2 * (-(-blocks // timing.SAMPLED) + rare)
 
 
 def test_every_addition_to_the_moments_is_timed_and_nothing_else(monkeypatch):

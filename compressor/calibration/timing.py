@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,7 +13,34 @@ EVERY = 8
 """Of the forwards on a GPU that are not replayed, one in so many is timed: two events an input take Python as long as
 half of the rest."""
 
-Events = list[tuple[torch.cuda.Event, torch.cuda.Event]]
+SAMPLED = 5
+"""Of the blocks in a CUDA graph, one in so many is timed: events keep its kernels from following closely."""
+
+Pair = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+@dataclass
+class Events:
+    """Around the blocks of a CUDA graph that are timed whenever it is replayed.
+
+    Attributes:
+        rare: each of these.
+        others: some of the others.
+        blocks: how many others there are.
+    """
+
+    rare: list[Pair] = field(default_factory=list)
+    others: list[Pair] = field(default_factory=list)
+    blocks: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.rare or self.others)
+
+    def seconds(self) -> float:
+        """In all blocks of the last replay."""
+        rare, others = (sum(a.elapsed_time(b) for a, b in pairs) / 1000 for pairs in (self.rare, self.others))
+        return rare + others * self.blocks / max(len(self.others), 1)
 
 
 class Meter:
@@ -21,8 +49,8 @@ class Meter:
     On the CPU by the clock. On a GPU between two events on the stream, so that nothing is waited for until `settle` is
     called, where the GPU has been waited for anyway; if it ran dry inside a block, that counts too. There the first
     forward is timed, in which kernels are compiled, and one in `EVERY` of the others, each of which stands for as many.
-    Of forwards that are replayed by one graph, the last before `settle` stands for all since the one before. Blocks
-    that are rare are timed each where they are not replayed.
+    Of forwards that are replayed by one graph, the last before `settle` stands for all since the one before, and of its
+    blocks one in `SAMPLED` for all. Blocks that are rare are timed each.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +59,7 @@ class Meter:
         self._timed: set[int] = set()  # of the forwards but the first
         self._first = self._others = self._replayed = 0.0
         self._running: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
-        self._spare: Events = []
+        self._spare: list[Pair] = []
         self._recording: Events | None = None
         self._repeated: dict[int, tuple[Events, int]] = {}
 
@@ -54,14 +82,16 @@ class Meter:
         forward = 1 if rare else self._forward  # the first stands for itself
         if self._device.type != "cuda":
             return self._clocked(forward)
-        if self._recording is not None or forward <= 1 or forward % EVERY == 2:
+        if self._recording is not None:
+            return self._recorded(self._recording, rare)
+        if forward <= 1 or forward % EVERY == 2:
             return self._between_events(forward)
         return _NOTHING
 
     @contextmanager
     def recording(self) -> Iterator[Events]:
         """While it lasts, a CUDA graph is recorded: blocks are timed whenever it is replayed, by the events given."""
-        self._recording = events = []
+        self._recording = events = Events()
         try:
             yield events
         finally:
@@ -85,7 +115,7 @@ class Meter:
         if self._repeated:
             torch.cuda.synchronize(self._device)
             for events, times in self._repeated.values():
-                self._replayed += times * sum(begin.elapsed_time(end) for begin, end in events) / 1000
+                self._replayed += times * events.seconds()
             self._repeated.clear()
 
     @contextmanager
@@ -96,19 +126,26 @@ class Meter:
 
     @contextmanager
     def _between_events(self, forward: int) -> Iterator[None]:
+        pair = self._spare.pop() if self._spare else (_event(), _event())
+        with self._around(pair):
+            yield
+        self._running.append((forward, *pair))
+
+    def _recorded(self, events: Events, rare: bool) -> AbstractContextManager[None]:
+        events.blocks += not rare
+        if not rare and events.blocks % SAMPLED != 1:
+            return _NOTHING
+        pair = _event(external=True), _event(external=True)
+        (events.rare if rare else events.others).append(pair)
+        return self._around(pair)
+
+    @contextmanager
+    def _around(self, pair: Pair) -> Iterator[None]:
         stream = torch.cuda.current_stream(self._device)  # events without a stream are those of the current GPU
-        recording = self._recording
-        if recording is not None:
-            begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
-        else:
-            begin, end = self._spare.pop() if self._spare else (_event(), _event())
+        begin, end = pair
         begin.record(stream)
         yield
         end.record(stream)  # not if memory has run out inside: then it does not count
-        if recording is not None:
-            recording.append((begin, end))
-        else:
-            self._running.append((forward, begin, end))
 
     def _add(self, forward: int, seconds: float) -> None:
         if forward <= 1:
@@ -121,5 +158,5 @@ class Meter:
 _NOTHING = nullcontext()
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
+def _event(**kind: bool) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, **kind)

@@ -194,7 +194,7 @@ def test_times_memory_calibration_exports_versions_and_warnings_are_told(page: P
         "load 1.2 s calibrate 3 min 20 s together 3 min 21 s",
         "Peak memory, CPU resident 1.40 GB",
         "Prompts 128, 16 at a time Sampling 20 steps, guidance 3 Packages 4",
-        "Forwards of the transformer 160, of which 107 differentiated; for 480 calls the last output stood Tokens gathered",
+        "Forwards of the transformer 160, of which 107 differentiated; for 480 calls the last output stood",
         "Tokens skipped as not finite 7",
         "transformer_blocks.0.attn.to_q 7",
         "onnx, 2.5 s onnx/transformer.onnx 18.4 MB shapes 1, largest 1e-06 2:4 yes",
