@@ -270,11 +270,13 @@ def test_more_packages_than_there_are_units_are_refused():
         plan_of_tiny({"calibration": {"prompts": ["a"], "packages": 9}})
 
 
-def test_forwards_are_packages_times_steps_times_batches(short):
-    found = planned(short, packages=5, steps=30, batch=8)
+def test_forwards_are_packages_times_the_steps_that_run_times_batches(short):
+    found = planned(short, packages=5, steps=30, batch=8, stride=1)
     assert found.prompts == 100
     assert found.entries[0].forwards == 5 * 30 * 13
-    assert planned(short, samples=10, packages=5, steps=30, batch=8).entries[0].forwards == 5 * 30 * 2
+    assert planned(short, samples=10, packages=5, steps=30, batch=8, stride=1).entries[0].forwards == 5 * 30 * 2
+    every_other = planned(short, samples=10, packages=5, steps=30, batch=8)
+    assert every_other.entries[0].forwards == 5 * (15 + 16)  # 0, 2, ..., 28 and 0, 1, 3, ..., 29
 
 
 def test_too_few_prompts_for_full_rank_are_told_with_figures(short):

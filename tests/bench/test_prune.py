@@ -72,7 +72,8 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
     found = call("tiny-sd3 --size 64 --batch 3 --prompts 10 --steps 7 --repeats 3 --output deep/p.json")
     assert found.exit_code == 0, found.stderr
     assert "64 x 64 pixels, 6 samples a forward; medians of 3 turns of forwards and 1 turn of solves" in found.stdout
-    assert "Extrapolated from the medians above, not run: 10 prompts, 3 at a time, 7 steps." in found.stdout
+    words = "10 prompts, 3 at a time, 7 steps, of which the network runs the first and one of every 2. Loading,"
+    assert f"Extrapolated from the medians above, not run: {words}" in found.stdout
     forwards, solves, jobs = tables(found.stdout)
     whole = ["all layers", "all layers, 25 % of the tokens"]
     assert [row[0] for row in forwards[1:]] == [
@@ -91,7 +92,7 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
         ("unstructured 50 %", "32 x 128", "7"),
         ("unstructured 50 %", "all", "45"),
     ]
-    count = -(-10 // 3) * 7  # forwards of a pass, each of 1 s
+    count = -(-10 // 3) * (1 + 3)  # forwards of a pass, each of 1 s
     expected = {
         "1 package": (count, 1 * count, 5 * count),
         "1 package, 25 % of the tokens": (count, 1 * count, 1.5 * count),
@@ -105,7 +106,7 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
             solved = next(row for row in data["solves"] if row["name"] == case)["median"]
             assert these[how]["seconds"] == pytest.approx(plain + moments + solved)
             assert these[how]["solves"] == solved > 0
-    assert [row[:3] for row in jobs[1:]][2] == ["unstructured 50 %", "4 packages", "112"]
+    assert [row[:3] for row in jobs[1:]][2] == ["unstructured 50 %", "4 packages", "64"]
     assert {row["name"] for row in data["solves"]} == set(CASES)
     assert all(len(layer) == 1 for row in data["solves"] for shape in row["shapes"] for layer in shape["seconds"])
     assert "peak memory of the whole process: " in found.stdout
@@ -188,11 +189,11 @@ def test_compiled_forwards_are_timed_beside_eager_ones_and_compiling_counts_once
     for (name, how), job in jobs.items():
         assert job["compiling"] == (compiling if how.endswith(", compiled") else 0)
         assert job["seconds"] == pytest.approx(job["plain"] + job["moments"] + job["solves"] + job["compiling"])
-        assert job["forwards"] == 70
+        assert job["forwards"] == 40
         if how.endswith(", compiled"):
-            assert job["plain"] == pytest.approx(70 * of_plain)
+            assert job["plain"] == pytest.approx(40 * of_plain)
             row = rows[next(k for k in rows if name in k and k.endswith(how.replace("1 package", "all layers")))]
-            assert job["plain"] + job["moments"] == pytest.approx(70 * row["times"]["seconds"][0])
+            assert job["plain"] + job["moments"] == pytest.approx(40 * row["times"]["seconds"][0])
     assert any(
         row[1].startswith("1 package, compiled (") and "of it compiling)" in row[1] for row in tables(found.stdout)[2]
     )
@@ -274,25 +275,25 @@ def test_a_recipe_is_timed_with_its_own_pruners_and_calibration():
     ]
     assert {row[0] for row in solves[1:]} == {"prune[0]", "prune[1]"}
     assert [row[:3] for row in jobs[1:]] == [
-        ["prune[0]", "1 package", "6"],
-        ["prune[0]", "1 package, 25 % of the tokens", "6"],
-        ["prune[0]", "2 packages, 50 % of the tokens", "12"],
+        ["prune[0]", "1 package", "4"],  # the first of two steps, in the second of three batches the other one, too
+        ["prune[0]", "1 package, 25 % of the tokens", "4"],
+        ["prune[0]", "2 packages, 50 % of the tokens", "8"],
         ["prune[1]", "no calibration", "0"],
     ]
     (model,) = json.loads(Path("t.json").read_text())["models"]
     times = {row["name"]: row["times"]["seconds"][0] for row in model["forwards"]}
     added = sum(times[f"prune[0]: package {i} of 2"] - times["plain"] for i in (1, 2)) / 2
     job = next(job for job in model["extrapolated"] if job["how"] == "2 packages, 50 % of the tokens")
-    assert job["moments"] == pytest.approx(12 * 0.5 * added)
+    assert job["moments"] == pytest.approx(8 * 0.5 * added)
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl", "flux"])
 def test_a_recipe_of_every_family_is_timed_and_can_be_told_otherwise(kind):
     path = recipe_of(kind, "[{obs_diff: {sparsity: 0.5}}]")
-    found = call(f"{path} --repeats 1 --prompts 3 --batch 2 --steps 5 --packages 1 --guidance 1")
+    found = call(f"{path} --repeats 1 --prompts 3 --batch 2 --steps 5 --stride 1 --packages 1 --guidance 1")
     assert found.exit_code == 0, found.stderr
     assert "2 samples a forward" in found.stdout
-    assert "not run: 3 prompts, 2 at a time, 5 steps" in found.stdout
+    assert "not run: 3 prompts, 2 at a time, 5 steps. Loading, " in found.stdout
     assert [row[:3] for row in tables(found.stdout)[2][1:]] == [
         ["prune[0]", "1 package", "10"],
         ["prune[0]", "1 package, 25 % of the tokens", "10"],
@@ -304,7 +305,8 @@ def test_the_papers_setting_is_the_default():
         found = subjects.find(name, Asked())
         assert found.pixels == (512, 512)
         assert found.samples == samples  # Flux is told the guidance scale instead
-        assert found.forwards == 25 * 25
+        assert found.forwards == 25 * 13
+        assert subjects.find(name, Asked(stride=1)).forwards == 25 * 25
         assert found.calibration.packages is None  # 4
     solvers = [
         getattr(entry.pruner, "solver", None) for entry in subjects.find("sdxl", Asked(solver="admm")).recipe.prune
@@ -326,6 +328,8 @@ def test_a_known_models_layers_are_all_that_the_published_tables_count():
     ("arguments", "message"),
     [
         ("", f"should name a recipe or at least one model; known: {', '.join(MODELS | TINY)}"),
+        ("sd3-medium --steps 3 --stride 4", "stride should be at most steps, 3, found 4"),
+        ("quickstart --stride 21", "stride should be at most steps, 20, found 21"),
         ("sd3-medum", "no model named 'sd3-medum'; did you mean 'sd3-medium'?"),
         (
             "tiny-sd3 --at sd3-medium",
