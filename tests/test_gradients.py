@@ -16,7 +16,6 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from compressor.calibration import Group, Moments, Package, curvature, gathering, gradients, influence
-from compressor.calibration.calls import Calls
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients, blocks_of
 from compressor.calibration.gradients import Differentiated
@@ -375,8 +374,7 @@ def test_harms_of_two_layers_compare_as_the_errors_of_the_networks_output_that_t
     with (
         torch.no_grad(),
         gathering.watch(
-            *(network, package, "gradients", lambda _: (0, 1.0), Strides(1, 1), Calls(1.0, 0, 60, 1), meter),
-            differentiated=Differentiated(share),
+            *(network, package, "gradients", lambda _: (0, 1.0), Strides(1, 1), Differentiated(share), meter),
         ) as (moments, next_batch),
     ):
         generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from compressor.bench.subjects import Subject
 from compressor.calibration import Moments, Package, StepCounter, gathering, replay
 from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
+from compressor.calibration.gradients import Differentiated
 from compressor.calibration.packages import cut
 from compressor.calibration.replay import Replay
 from compressor.calibration.strides import Strides
@@ -90,7 +91,7 @@ class Network:
             load.kind,
             lambda timestep: (counter.step(timestep), 1.0),
             Strides(1, 1),
-            Calls(1 / load.stretch, 0, load.stretch, 1),
+            Differentiated(1.0) if load.kind == "gradients" else Calls(1 / load.stretch, 0, load.stretch, 1),
             Meter(self.device),
             self.blocks if load.compiled else None,
             replay=self.replay,

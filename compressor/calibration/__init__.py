@@ -270,6 +270,7 @@ class Calibration:
         options, batch = self._options, self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
         strides = Strides(options.stride, batch)
+        summed = Calls(options.tokens, self._seed, first_runs(options.steps, options.stride), batch)
         try:
             with (
                 gathering.watch(
@@ -278,10 +279,9 @@ class Calibration:
                     kind,
                     self._weigher(weighting),
                     strides,
-                    Calls(options.tokens, self._seed, first_runs(options.steps, options.stride), batch),
+                    self._differentiated if kind == "gradients" else summed,
                     meter,
                     self._blocks,
-                    self._differentiated,
                     self._replay,
                 ) as (moments, next_batch),
                 self._progress.task(title, total=len(self._encoded)) as advance,

@@ -15,6 +15,7 @@ from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.coupled import Coupled
 from compressor.calibration.curvature import Gradients
+from compressor.calibration.gradients import Differentiated
 from compressor.calibration.moments import Moments
 from compressor.calibration.packages import Group, Package
 from compressor.calibration.replay import Replay
@@ -30,10 +31,9 @@ def watch(
     kind: MomentKind,
     weigh: Callable[[Tensor | float], tuple[int, float]],
     strides: Strides,
-    calls: Calls,
+    calls: Calls | Differentiated,
     meter: Meter,
     blocks: Blocks | None = None,
-    differentiated: gradients.Differentiated | None = None,
     replay: Replay | None = None,
 ) -> Iterator[tuple[dict[str, Moments], Callable[[int], None]]]:
     """While it lasts, forwards of the network add to moments.
@@ -44,17 +44,17 @@ def watch(
     Args:
         network: with a forward that has an argument `timestep`.
         package: the layers.
-        kind: `norms`, `second` or `gradients`, as in `Calibration.collect`. With the last, only the calls that are
-            differentiated are summed.
+        kind: `norms`, `second` or `gradients`, as in `Calibration.collect`.
         weigh: the step of a call, and how much that counts, by its timestep; called once at the beginning of each.
         strides: which calls the network runs.
-        calls: draws those of them that are summed; not with `gradients`.
+        calls: draws those of them that are summed; with `gradients`, that are differentiated, for all packages.
         meter: gets the time that adding to moments takes.
         blocks: of the network, if they are to run compiled; not with `gradients`.
-        differentiated: the calls that are for `gradients`, the same for all packages; all if None.
         replay: of the network, if its forwards are to be replayed where they can be.
     """
-    assert blocks is None or kind != "gradients", "hooks on outputs would break the blocks' graphs"
+    differentiated = calls if isinstance(calls, Differentiated) else None
+    assert (differentiated is None) == (kind != "gradients"), "gradients are of calls that are differentiated"
+    assert blocks is None or differentiated is None, "hooks on outputs would break the blocks' graphs"
     device = next(network.parameters()).device
     groups = package.every or package.groups
     moments = {g.name: Moments.empty(g.inputs, kind != "norms", device) for g in groups}
@@ -66,7 +66,7 @@ def watch(
         nonlocal weight, summed
         step, counts = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
         steps = strides.begin(step, args, kwargs)
-        times = 1.0 if kind == "gradients" or strides.held else calls.next_call()
+        times = 1.0 if strides.held or isinstance(calls, Differentiated) else calls.next_call()
         weight = steps * times * counts
         summed = steps * times > 0
         if summed:
@@ -75,14 +75,13 @@ def watch(
             meter.next_forward()
 
     def next_batch(prompt: int) -> None:
-        for drawn in (strides, differentiated if kind == "gradients" else calls):
-            drawn.next_batch(prompt)
+        strides.next_batch(prompt)
+        calls.next_batch(prompt)
 
-    differentiated = differentiated or gradients.Differentiated(1.0)
     coupled = Coupled(groups, moments, meter)
 
     def adding(group: Group) -> Callable[[Tensor], None]:
-        if kind == "gradients":
+        if differentiated is not None:
             return coupled.keeping(group)
 
         def add(x: Tensor) -> None:
@@ -101,7 +100,7 @@ def watch(
     handles += [g.targets[0].module.register_forward_pre_hook(before_layer(adding(g))) for g in outside]
     of_blocks = blocks.gathering([(g.targets[0], adding(g)) for g in inside]) if blocks is not None else nullcontext()
     try:
-        if kind != "gradients":
+        if differentiated is None:
             with (
                 of_blocks,
                 replay.replaying(meter, summed=lambda: summed) if replay is not None else nullcontext(),
