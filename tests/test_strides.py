@@ -152,6 +152,7 @@ def test_latents_move_on_as_in_longer_steps():
     assert (len(given), calibration.facts.forwards) == (6, 3)
     sigmas = loaded.pipe.scheduler.sigmas
     latents = given[0]["hidden_states"].chunk(2)[0]
+    velocity = torch.zeros_like(latents)
     for step, kwargs in enumerate(given):
         torch.testing.assert_close(kwargs["hidden_states"].chunk(2)[0], latents, rtol=1e-4, atol=1e-5)
         if step % 2 == 0:
