@@ -17,6 +17,7 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000, 20, 20)  # a test makes many objects, and few that hold much memory
         gc.enable()
 
 
