@@ -9,6 +9,7 @@ from triton import language
 from triton.runtime import interpreter
 
 runs: Any = interpreter  # what is replaced below is not public
+tensor: Any = language.tensor
 
 
 @functools.cache
@@ -46,4 +47,4 @@ def _make(value: Any, handle: Any, kind: Any) -> None:
 
 runs._patch_builtin = _replace
 runs._get_np_dtype = _dtype
-language.tensor.__init__ = _make
+tensor.__init__ = _make
