@@ -21,6 +21,7 @@ from torch import nn
 from compressor import builtin, offload, registry, shrunk
 from compressor import weights as weight_files
 from compressor.errors import CompressorError
+from compressor.meta import on_meta
 from compressor.recipe import Model
 from compressor.rehearsal import Rehearsal
 from compressor.structure import Family, Prompting, Target, discover, find_targets, unfuse
@@ -433,7 +434,7 @@ def _pipeline_class(path: Path, name: str) -> type[DiffusionPipeline]:
 def _make_twin(name: str, config: dict[str, Any], file: Path) -> nn.Module:
     cls = getattr(diffusers, name)
     try:
-        with torch.device("meta"):
+        with on_meta():
             return cls.from_config(config).eval()
     except Exception as error:  # whatever a config of wrong values makes diffusers stumble over
         raise _cannot_make(name, file, error) from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from compressor.errors import CompressorError
+from compressor.meta import on_meta
 
 _PROMPT = "a photo of a red dog in the snow"
 
@@ -165,7 +166,7 @@ def _stop(_network: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) 
 
 def _on_meta(folder: Path, library: str, name: str) -> nn.Module:
     cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
-    with torch.device("meta"):
+    with on_meta():
         if library == "diffusers":
             return cls.from_config(cls.load_config(folder)).eval()
         return cls(cls.config_class.from_pretrained(folder)).eval()

@@ -18,11 +18,13 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import no_init_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compressor import registry
 from compressor.errors import CompressorError
+from compressor.meta import on_meta
 from compressor.structure import Family, Group, Heads, find_groups
 from compressor.structure.groups import place_of
 from compressor.structure.removal import set_attributes
@@ -158,7 +160,7 @@ def load(folder: Path, files: Iterable[Path], family: Family, dtype: torch.dtype
 
 
 def _dense(cls: Any, config: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return _from_config(cls, config).eval()
 
 
@@ -293,7 +295,7 @@ def _compute_buffers(module: nn.Module, cls: Any, config: Mapping[str, Any], dty
     lacking = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in saved]
     if not lacking:
         return
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         computed = dict(_from_config(cls, config).named_buffers())
     for name in lacking:
         owner, _, key = name.rpartition(".")

@@ -1,5 +1,6 @@
 """The command line: quick where it can be, calm about mistakes and Ctrl-C, and honest about what it kept."""
 
+import gc
 import json
 import re
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 from compressor import checkpoint, recipe
 from compressor import run as running
 from compressor.cli import main
+from compressor.cli.ending import importing
 from compressor.errors import CompressorError
 from compressor.plugin import Export
 from compressor.progress import Progress
@@ -292,6 +294,16 @@ def start_run() -> subprocess.Popen[str]:
     calibration = {"prompts": ["a cat"] * 100, "steps": 50, "batch": 1, "packages": 2}
     command = [sys.executable, "-m", "compressor", "run", write(calibration=calibration, report={"images": 0})]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_garbage_is_not_looked_for_while_a_command_imports():
+    assert gc.isenabled()
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()
 
 
 def test_a_real_ctrl_c_ends_the_process_with_130_and_leaves_nothing():

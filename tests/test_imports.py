@@ -13,7 +13,7 @@ FLOORS = (
     ("plugin", "builtin"),
     ("registry", "shapes"),
     ("recipe",),
-    ("prompts", "progress", "structure", "sparsity", "output", "ranks"),
+    ("meta", "prompts", "progress", "structure", "sparsity", "output", "ranks"),
     ("shrunk", "two_four"),
     ("weights", "rehearsal", "offload"),
     ("pipeline",),

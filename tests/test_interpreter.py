@@ -28,7 +28,8 @@ def test_the_kernels_do_in_tritons_interpreter_what_the_tests_of_these_files_say
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     files = [str(HERE / name) for name in ("interpreted_product_kernel.py", "test_sweep_kernel.py")]
-    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-p", "no:cacheprovider"]
+    plugins = ("-p", "no:cacheprovider", "-p", "tests.quick_interpreter")
+    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", *plugins]
     ended = subprocess.run(
         command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=600, check=False
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from compressor import pipeline
 from compressor.errors import CompressorError
@@ -65,6 +66,32 @@ def test_the_twin_has_every_shape_and_no_memory(kind):
     twin = folder.twin()
     assert {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
     assert all(parameter.is_meta for parameter in twin.parameters())
+
+
+class Called(TorchFunctionMode):
+    """Names of what PyTorch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called in place of every function of PyTorch."""
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_no_weight_of_a_twin_is_drawn(kind):
+    folder = pipeline.open_folder(Model(source=str(tiny.folder(kind))))
+    drawing = {"kaiming_uniform_", "uniform_", "normal_"}
+    with Called() as called:
+        folder.twin()
+    assert "empty" in called.names
+    assert not drawing & called.names
+    with torch.device("meta"), Called() as called:
+        torch.nn.Linear(2, 2)  # elsewhere they are
+    assert drawing & called.names
 
 
 def test_the_dtype_asked_for_is_computed_in():

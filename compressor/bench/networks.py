@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor.bench.models import KnownModel
 from compressor.errors import CompressorError
+from compressor.meta import on_meta
 from compressor.structure import Family, Group, Trace, find_groups, keep, trace
 from compressor.structure.alignment import kept_count, spread
 
@@ -32,7 +33,7 @@ def build(model: KnownModel, family: Family, layers: int | None, device: torch.d
         dtype: of all parameters.
     """
     diffusers: Any = import_module("diffusers")
-    with torch.device(device):
+    with on_meta() if device.type == "meta" else device:
         network = getattr(diffusers, family.component_class)(**model.shortened(layers))
     return network.to(device, dtype).eval().requires_grad_(False)
 

@@ -83,6 +83,7 @@ def sd2() -> Any:
 def sdxl() -> Any:
     """SDXL's kind: times and text embeddings added to the timestep; attention in the inner block on the way down."""
     return _unet(
+        layers_per_block=(0, 1),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),

@@ -18,7 +18,7 @@ from compressor.shapes import captions, networks
 from compressor.shapes.train import flux, padding, stages
 from compressor.shapes.train.__main__ import main
 
-TINY = ("--steps", "3", "--scenes", "48", "--batch", "8", "--evaluated", "2", "--guidance", "2", "--device", "cpu")
+TINY = ("--steps", "3", "--scenes", "16", "--batch", "8", "--evaluated", "2", "--guidance", "2", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from compressor.shapes.train import denoiser, prompts, sd3, stages
 from compressor.shapes.train.__main__ import main
 from compressor.shapes.train.loop import Budget, Log, Rates, fit
 
-TINY = ("--scenes", "48", "--pool", "48", "--batch", "8", "--evaluated", "2", "--guidance", "2", "--device", "cpu")
+TINY = ("--scenes", "16", "--pool", "16", "--batch", "8", "--evaluated", "2", "--guidance", "2", "--device", "cpu")
 
 
 class _Interrupted(Exception):
