@@ -59,6 +59,13 @@ class Folder:
         """A component's `config.json`."""
         return weight_files.read_json(self.path / component / "config.json")
 
+    def scheduler(self) -> Any:
+        """Diffusers' scheduler, as its config says; None if there is none, or none of diffusers' own."""
+        file = self.path / "scheduler" / "scheduler_config.json"
+        config = weight_files.read_json(file) if file.is_file() else {}
+        cls = getattr(diffusers, config.get("_class_name", ""), None)
+        return None if cls is None else cls.from_config(config)
+
     @property
     def vae_factor(self) -> int:
         """Image pixels a latent pixel."""

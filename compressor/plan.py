@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from compressor import pipeline as pipelines
 from compressor import prompts
 from compressor.calibration import sampling
-from compressor.calibration.foretold import foretell
+from compressor.calibration.foretold import foretell, foretell_sampling
+from compressor.calibration.noise import adds_noise
 from compressor.calibration.packages import Package, cut
-from compressor.calibration.strides import all_runs
+from compressor.calibration.strides import all_runs, stride_of
 from compressor.entries import Entry, check_apart, enter, explain_left_out
 from compressor.prepare import check_exporters, explain_dense, explain_guidance
 from compressor.recipe import Recipe
@@ -172,6 +173,8 @@ def plan(recipe: Recipe) -> Plan:
     found = enter(recipe, folder.network, twin, folder.family, seen)
     check_apart(found)
     warnings += explain_left_out(found)
+    if given is not None and any(entry.pruner.moments != "none" for entry in found):
+        warnings += foretell_sampling(texts, given, folder.scheduler())
     for entry in found:
         planned, notes = _plan_entry(recipe, entry, seen, texts, folder)
         entries.append(planned)
@@ -237,10 +240,11 @@ def _plan_entry(
     given = recipe.calibration
     if entry.pruner.moments != "none" and given is not None:
         packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
-        runs = all_runs(given.steps, given.stride, math.ceil(texts / given.batch))
+        stride = stride_of(given, texts, adds_noise(folder.scheduler(), given.steps))
+        runs = all_runs(given.steps, stride, math.ceil(texts / given.batch))
         forwards = entry.pruner.passes(len(packages)) * runs
         guided = sampling.guided(folder, given.guidance)
-        notes += foretell(targets, seen, entry.pruner.moments, texts, guided, given)
+        notes += foretell(targets, seen, entry.pruner.moments, texts, guided, given, stride)
     groups = tuple(
         PlannedGroup(
             group.name,

@@ -78,11 +78,11 @@ class Calibration(Options):
         ge=1,
         description="tokens of the T5 encoder's part of a prompt (SD3, Flux); the pipeline's own default if not given",
     )
-    stride: int = Field(
-        default=2,
+    stride: int | None = Field(
+        default=None,
         ge=1,
-        description="the network runs at one of so many steps, at others in the next batch; between them its last "
-        "output stands for it",
+        description="the network runs at one of so many steps, at others in the next batch, and between them gives its "
+        "last output again; 2 if not given, but 1 below 10 steps or where the scheduler adds noise",
     )
     tokens: float = Field(
         default=1.0,
@@ -114,7 +114,7 @@ class Calibration(Options):
     def _check_one(self) -> Calibration:
         if self.packages is not None and self.memory is not None:
             raise ValueError("should give packages or memory, found both")
-        if "stride" in self.model_fields_set and self.stride > self.steps:
+        if self.stride is not None and self.stride > self.steps:
             raise ValueError(f"stride should be at most steps, {self.steps}, found {self.stride}")
         return self
 

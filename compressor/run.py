@@ -151,7 +151,7 @@ def _facts(
             batch=facts.batch,
             packages=facts.packages,
             forwards=facts.forwards,
-            stood=facts.stood,
+            held=facts.held,
             differentiated=facts.differentiated,
             tokens=facts.tokens,
             nonfinite=facts.skipped,

@@ -184,7 +184,7 @@ def test_a_run_gives_blocks_widths_of_their_own_and_removes_as_many_weights_as_p
     }
     sizes = report.read(folder / "report.json").sizes.after
     assert sizes.parameters == sum(parameter.numel() for parameter in again.module.parameters())
-    assert planned.entries[0].forwards == 3 * 1  # two packages, one of them twice, one of two steps
+    assert planned.entries[0].forwards == 3 * 2  # two packages, one of them twice, two steps
 
 
 def test_the_plan_tells_what_may_be_left_of_each(tmp_path):

@@ -441,7 +441,7 @@ def test_plan_prints_a_table_or_json():
     assert "transformer_blocks.1.ff.net.2" in call("plan", "r.yaml", "--layers").stdout
     data = json.loads(call("plan", "r.yaml", "--json").stdout)
     assert data["linears"] == len(data["entries"][0]["layers"]) == 21
-    assert data["entries"][0]["forwards"] == 2 * 1 * 1  # packages, steps that run, batches
+    assert data["entries"][0]["forwards"] == 2 * 2 * 1
     assert not Path("out").exists()
 
 

@@ -474,7 +474,7 @@ def test_moments_of_replayed_forwards_are_those_of_forwards_that_are_run(kind, m
 
     def recording(*args: Any) -> replay._Recorded:
         recorded = record(*args)
-        timed.append(recorded.events.blocks + len(recorded.events.rare))
+        timed.append(recorded.events.blocks.total())
         return recorded
 
     monkeypatch.setattr(replay, "_record", recording)

@@ -255,7 +255,7 @@ def test_the_error_reported_is_that_of_the_dense_layer_on_what_it_was_fed(tmp_pa
     options = {"sparsity": 0.5, "weighting": {"log_decrease": {"low": 0.5, "high": 2}}}
     asked = recipe("sd3", tmp_path / "out", [{"obs_diff": options}])
     assert asked.calibration is not None
-    asked = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"packages": 1, "stride": 1})})
+    asked = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"packages": 1})})
     output = run(asked, tiny.quiet())
     pipeline = tiny.load("sd3")
     # the run draws its prompts in an order of its own, and sampled them at guidance 7

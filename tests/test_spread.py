@@ -131,7 +131,7 @@ def test_a_run_spreads_exactly_as_many_zeros_as_asked_within_the_bounds(kind, tm
     text = plan_table.as_text(plan(asked), layers=False)
     line = "  spread by calibration: from 30.{} % to {} % of a layer; below as if all had the same\n"
     assert line.format(*((1, 69.9) if kind == "sd3" else (0, "70.0"))) in text
-    assert plan(asked).entries[0].forwards == 3 * 1  # two packages, one of them twice, one of two steps
+    assert plan(asked).entries[0].forwards == 3 * 2  # two packages, one of them twice, two steps
 
 
 prune_as_promised = OBSDiff.prune

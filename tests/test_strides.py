@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from torch import Tensor, nn
 
 from compressor.calibration import gradients
-from compressor.calibration.foretold import foretell
-from compressor.calibration.strides import Strides, all_runs, first_runs, holding, mean_runs
+from compressor.calibration.calls import Calls
+from compressor.calibration.coupled import Coupled
+from compressor.calibration.foretold import foretell, foretell_sampling
+from compressor.calibration.noise import adds_noise
+from compressor.calibration.strides import Strides, all_runs, first_runs, holding, mean_runs, stride_of
+from compressor.plan import Plan, plan
 from compressor.plugin import MomentKind
 from compressor.recipe import Calibration as Options
+from compressor.recipe import Recipe
 from tests import tiny
+from tests.test_calls import drawn
 from tests.test_moments import Growing, Recorder, assert_near, explicit
 
 
@@ -23,7 +33,7 @@ def begun(strides: Strides, prompt: int, steps: list[int], width: int = 1) -> li
     found = []
     for step in steps:
         found.append(strides.begin(step, (), {"x": torch.zeros(width)}))
-        assert strides.held == (found[-1] == 0)
+        assert strides.runs == (found[-1] > 0)
         if found[-1]:
             strides.keep((torch.tensor(step),))
     return found
@@ -35,7 +45,7 @@ def test_the_network_runs_at_the_first_step_and_at_one_of_every_stride_that_move
     assert begun(strides, 2, steps) == [1, 4, 0, 0, 0, 4, 0, 0, 0, 4]
     assert begun(strides, 6, steps) == [1, 0, 0, 4, 0, 0, 0, 4, 0, 0]
     assert begun(strides, 8, steps) == begun(strides, 0, steps)  # whatever was sampled before
-    assert (strides.ran, strides.stood) == (16, 34)
+    assert (strides.ran, strides.held) == (16, 34)
 
 
 @pytest.mark.parametrize(("steps", "stride"), [(25, 1), (25, 2), (20, 3), (7, 7), (1, 2), (4, 9)])
@@ -71,14 +81,15 @@ def test_a_call_of_which_there_is_nothing_yet_runs_and_counts_for_itself():
     assert strides.output().sum() == 7
 
 
-def test_a_second_call_at_a_step_where_the_first_step_had_one_is_held_by_that():
-    """Heun's calls: one at the first step, then two."""
+def test_a_second_call_that_begins_later_runs_where_it_begins():
+    """Heun's calls, one at the first timestep and then two; or guidance that begins late."""
     strides = Strides(2, 1)
-    assert begun(strides, 0, [0, 1, 1, 2, 2, 3, 3]) == [1, 0, 0, 2, 2, 0, 0]
-    assert strides.output()[0] == 2
+    assert begun(strides, 0, [0, 1, 1, 2, 2, 3, 3]) == [1, 0, 1, 2, 2, 0, 0]
+    assert begun(strides, 1, [0, 1, 1, 2, 2, 3, 3]) == [1, 2, 1, 0, 0, 2, 2]
+    assert strides.output()[0] == 3
 
 
-def test_what_stands_for_calls_is_not_what_the_pipeline_changed():
+def test_what_is_held_is_not_what_the_pipeline_changed():
     strides = Strides(3, 1)
     network = nn.Linear(2, 2)
     calls: list[Tensor] = []
@@ -111,7 +122,7 @@ def collect(kind: MomentKind, packages: int = 1, record: bool = False, **options
 def test_moments_are_of_the_calls_that_ran_each_times_what_it_stands_for(kind: MomentKind):
     """Two batches, of two prompts and of one, of 6 steps: 0, 3 and 0, 1, 4."""
     found, calibration, recorder = collect(kind, record=True, steps=6, stride=3)
-    assert (calibration.facts.forwards, calibration.facts.stood) == (5, 7)
+    assert (calibration.facts.forwards, calibration.facts.held) == (5, 7)
     weights = [1.0, 3 * 4.0, 1.0, 3 * 2.0, 3 * 5.0]
     for name, moments in found.items():
         second_II, total_I, squares_I = explicit(recorder.inputs[name], weights)
@@ -123,16 +134,83 @@ def test_moments_are_of_the_calls_that_ran_each_times_what_it_stands_for(kind: M
 
 def test_a_share_of_the_tokens_is_one_of_the_forwards_that_run():
     found, calibration, recorder = collect("second", record=True, steps=7, stride=2, tokens=0.5)
-    assert calibration.facts.forwards == 8
+    steps = [0, 2, 4, 6, 0, 1, 3, 5]
+    assert calibration.facts.forwards == len(steps)
+    calls = Calls(0.5, 0, 4, 2, 2)
+    times = [of for batch in (0, 2) for of in drawn(calls, batch, 4)]
+    assert 0 in times
+    weights = [(step + 1) * (2 if step else 1) * each for step, each in zip(steps, times, strict=True)]
     for name, moments in found.items():
-        assert 2 * int(moments.tokens) == sum(x.numel() // x.shape[-1] for x in recorder.inputs[name])
+        assert_near(moments.second_II, explicit(recorder.inputs[name], weights)[0])
+
+
+@pytest.mark.parametrize(
+    ("stride", "share"), [(2, 0.5), (2, 0.25), (4, 0.25), (3, 0.25), (4, 0.125), (1, 0.5), (2, 0.2)]
+)
+def test_with_a_share_of_the_tokens_too_every_step_counts_the_same_over_enough_batches(stride, share):
+    steps, batches = 24, round(stride / share)
+    strides, calls = Strides(stride, 4), Calls(share, 0, 10**6, 4, stride)
+    sums = [0.0] * steps
+    for prompt in range(4 * stride, 4 * stride + 4 * batches, 4):  # all but the first round, which calls see to
+        counts = begun(strides, prompt, list(range(steps)))
+        calls.next_batch(prompt)
+        for step, count in enumerate(counts):
+            sums[step] += count * calls.next_call() if count else 0
+    assert sums == pytest.approx([batches] * steps)
+
+
+def test_of_few_runs_and_a_small_share_one_is_summed_in_the_first_batch():
+    found, *_ = collect("second", batch=3, steps=8, stride=4, tokens=0.1)
+    whole, *_ = collect("second", batch=3, steps=1)
+    assert all(int(moments.tokens) == int(whole[name].tokens) for name, moments in found.items())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_gradients_count_as_many_steps_as_their_call_stands_for(share, monkeypatch):
+    monkeypatch.setattr(gradients, "share_of", lambda *_: share)
+    weights: list[tuple[int, float]] = []
+    add = Coupled.add
+
+    def watched(self, found, squares, scale, weight):
+        weights.append((calibration_steps[-1], float(weight)))
+        add(self, found, squares, scale, weight)
+
+    monkeypatch.setattr(Coupled, "add", watched)
+    calibration_steps: list[int] = []
+    begin = Strides.begin
+
+    def stepped(self, step, args, kwargs):
+        calibration_steps.append(step)
+        return begin(self, step, args, kwargs)
+
+    monkeypatch.setattr(Strides, "begin", stepped)
+    _, calibration, _ = collect("gradients", steps=9, stride=3)
+    assert len(weights) == calibration.facts.differentiated > 2
+    assert all(weight == (step + 1) * (3 if step else 1) for step, weight in weights)
+    if share == 1:
+        assert [step for step, _ in weights] == [0, 3, 6, 0, 1, 4, 7]
+
+
+def test_gradients_are_of_enough_of_the_calls_that_run():
+    """Of 3 prompts and 90 steps a sixth would be too few: 200 of the 3 x 30.67 that run are more than all of them."""
+    loaded = tiny.load("sd3")
+    assert tiny.calibrate(loaded, steps=90, stride=3)._differentiated._share == 1
+    assert tiny.calibrate(loaded, steps=90, stride=1)._differentiated._share == pytest.approx(200 / 270)
+    options = {"prompts": ["a"], "steps": 90, "tokens": 0.9, "batch": 1}
+    notes = {
+        stride: list(foretell(loaded.targets, tiny.traced(loaded), "gradients", 3, True, Options(**options), stride))
+        for stride in (1, 3)
+    }
+    assert len(notes[1]) == 1
+    assert notes[1][0].startswith("calibration.tokens has no effect: gradients are gathered, for which 74.1 % ")
+    assert notes[3] == []  # there it has one
 
 
 def test_gradients_are_of_calls_that_run_and_all_packages_take_the_same(monkeypatch):
     monkeypatch.setattr(gradients, "share_of", lambda *_: 0.5)
     together, calibration, _ = collect("gradients", steps=9, stride=2)
     facts = calibration.facts
-    assert (facts.forwards, facts.stood) == (10, 8)
+    assert (facts.forwards, facts.held) == (10, 8)
     assert 1 <= facts.differentiated < 10
     apart, again, _ = collect("gradients", steps=9, stride=2, packages=3)
     assert again.facts.differentiated == 3 * facts.differentiated
@@ -166,14 +244,146 @@ def test_a_warning_of_too_few_tokens_counts_the_steps_that_run():
     loaded = tiny.load("sd3")
     notes = {}
     for stride in (1, 4):
-        options = Options.model_validate({"prompts": ["a"], "steps": 5, "stride": stride})
-        notes[stride] = list(foretell(loaded.targets, tiny.traced(loaded), "second", 1, False, options))
+        options = Options.model_validate({"prompts": ["a"], "steps": 5})
+        notes[stride] = list(foretell(loaded.targets, tiny.traced(loaded), "second", 1, False, options, stride))
     assert not notes[1]
     (found,) = notes[4]
     assert "transformer_blocks.0.ff.net.2 sees 32 for 64 inputs; about 2 prompts would do" in found
 
 
-def test_a_stride_beyond_the_steps_is_refused_where_it_was_asked_for():
+def test_a_stride_beyond_the_steps_is_refused():
     with pytest.raises(ValueError, match="stride should be at most steps, 1, found 2"):
         Options.model_validate({"prompts": ["a"], "steps": 1, "stride": 2})
-    assert Options.model_validate({"prompts": ["a"], "steps": 1}).stride == 2  # which changes nothing
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts", "noisy", "stride"),
+    [
+        ({}, 5, False, 2),
+        ({}, 5, True, 1),
+        ({}, 5, None, 1),
+        ({"steps": 9}, 5, False, 1),  # fewer than were measured
+        ({}, 4, False, 1),  # a single batch
+        ({"stride": 3}, 4, True, 3),
+        ({"stride": 1}, 5, False, 1),
+    ],
+)
+def test_a_recipe_decides_or_how_it_samples(given, prompts, noisy, stride):
+    assert stride_of(Options.model_validate({"prompts": ["a"], "steps": 10, **given}), prompts, noisy) == stride
+
+
+SETTINGS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers hands tensors to numpy
+@pytest.mark.parametrize(
+    ("name", "settings", "noisy"),
+    [
+        ("DDIMScheduler", SETTINGS, False),
+        ("DPMSolverMultistepScheduler", SETTINGS, False),
+        ("DPMSolverMultistepScheduler", {**SETTINGS, "algorithm_type": "sde-dpmsolver++"}, True),
+        ("DDPMScheduler", SETTINGS, True),
+        ("EulerAncestralDiscreteScheduler", SETTINGS, True),
+        ("EulerDiscreteScheduler", SETTINGS, False),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, False),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, False),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, True),
+        ("HeunDiscreteScheduler", SETTINGS, False),
+        ("KDPM2AncestralDiscreteScheduler", SETTINGS, True),
+        ("LCMScheduler", SETTINGS, True),
+        ("PNDMScheduler", {**SETTINGS, "skip_prk_steps": True}, False),
+        ("TCDScheduler", SETTINGS, True),
+        ("UniPCMultistepScheduler", SETTINGS, False),
+    ],
+)
+def test_schedulers_that_add_noise_are_found_out(name, settings, noisy):
+    scheduler = getattr(import_module("diffusers"), name)(**settings)
+    before = torch.get_rng_state()
+    assert adds_noise(scheduler, 10) is noisy
+    assert torch.equal(torch.get_rng_state(), before)
+    assert getattr(scheduler, "_step_index", None) is None
+
+
+def test_of_a_scheduler_that_cannot_be_tried_it_is_not_known():
+    assert adds_noise(object(), 10) is None
+
+
+NOISY = "LCMScheduler adds noise"
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts", "scheduler", "message"),
+    [
+        ({}, 8, DDIMScheduler(), None),
+        (
+            {},
+            8,
+            LCMScheduler(),
+            f"calibration takes twice as long as it might, as the network runs at every step: {NOISY}",
+        ),
+        (
+            {},
+            8,
+            object(),
+            "calibration takes twice as long as it might, as the network runs at every step: whether object adds noise "
+            "could not be found out",
+        ),
+        ({}, 4, LCMScheduler(), None),
+        ({"stride": 1}, 8, LCMScheduler(), None),
+        (
+            {"stride": 2},
+            8,
+            LCMScheduler(),
+            f"calibration.stride: {NOISY} at every step, of which an output that is held knows nothing: what layers "
+            "are fed then may differ much from what they are fed in use; 1 would be right",
+        ),
+        ({"stride": 2}, 8, object(), None),
+        (
+            {"stride": 4},
+            8,
+            DDIMScheduler(),
+            "calibration.stride: with 2 batches of prompts the network runs at 6 of 10 steps and never at the others; "
+            "a smaller calibration.batch would make more",
+        ),
+        (
+            {"stride": 10},
+            4,
+            DDIMScheduler(),
+            "calibration.stride: with a single batch of prompts the network runs at 1 of 10 steps and never at the "
+            "others; a smaller calibration.batch would make more",
+        ),
+    ],
+)
+def test_what_a_user_should_know_of_the_steps_is_told(given, prompts, scheduler, message):
+    options = Options.model_validate({"prompts": ["a"], "steps": 10, **given})
+    assert list(foretell_sampling(prompts, options, scheduler)) == ([] if message is None else [message])
+
+
+def test_a_run_and_a_plan_go_by_the_scheduler():
+    loaded = tiny.load("sd3")
+    options = {"steps": 10, "stride": None, "batch": 2, "packages": 1}
+    assert planned("sd3", options).entries[0].forwards == 5 + 6
+    calibration = tiny.calibrate(loaded, **options)
+    (package,) = calibration.packages(loaded.targets, "norms")
+    calibration.collect(package, "norms", Growing())
+    assert (calibration.facts.forwards, calibration.facts.held, calibration.facts.warnings) == (11, 9, [])
+    noisy = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    loaded.pipe.scheduler = noisy
+    calibration = tiny.calibrate(loaded, **options)
+    (package,) = calibration.packages(loaded.targets, "norms")
+    calibration.collect(package, "norms", Growing())
+    assert (calibration.facts.forwards, calibration.facts.held) == (20, 0)
+    assert len(calibration.facts.warnings) == 1
+    found = planned("hunyuan", options)  # whose scheduler is DDPM's
+    assert found.entries[0].forwards == 20
+    assert (
+        "calibration takes twice as long as it might, as the network runs at every step: DDPMScheduler adds noise"
+        in found.warnings
+    )
+
+
+def planned(kind: str, options: dict[str, Any]) -> Plan:
+    calibration = {"prompts": ["a", "b", "c"], "guidance": 3.0, "height": tiny.SIDE, "width": tiny.SIDE, **options}
+    pruners = [{"obs_diff": {"sparsity": 0.5}}]
+    data = {"model": str(tiny.folder(kind)), "calibration": calibration, "prune": pruners, "output": "o"}
+    return plan(Recipe.model_validate(data))

@@ -174,7 +174,6 @@ def test_obs_diff_loses_less_than_l1_norm_and_reports_what_it_loses(kind, tmp_pa
         calibration = {
             "prompts": list(tiny.PROMPTS[:3]),
             "steps": 2,
-            "stride": 1,
             "batch": 2,
             "guidance": 3.0,
             "height": tiny.SIDE,

@@ -136,19 +136,42 @@ def test_of_forwards_that_are_replayed_the_last_and_some_of_its_blocks_stand_for
     meter = timing.Meter(torch.device("cuda"))
     meter.next_forward()
     with meter.recording() as events:
-        for i in range(blocks):
+        for _ in range(blocks):
             with meter.block():
                 pass
-            if i < 2:
-                with meter.block(rare=True):
-                    pass
     for _ in range(2):
         meter.replay(events)
     meter.settle()
     meter.settle()
-    rare = min(blocks, 2)
-    assert meter.seconds == pytest.approx(2 * (blocks + rare))
-    assert made == 2 * (-(-blocks // timing.SAMPLED) + rare)
+    assert meter.seconds == 2 * blocks
+    assert made == 2 * -(-blocks // timing.SAMPLED)
+
+
+@pytest.mark.parametrize("period", [5, 7, 8, 10])
+def test_blocks_of_which_one_in_a_few_is_long_are_timed_in_their_share(monkeypatch, period):
+    """Such as inputs of a block of layers: as many come again and again, and one of them is much wider."""
+    taken = 1.0
+
+    class Event:
+        def __init__(self, *, enable_timing: bool, external: bool) -> None:
+            self.seconds = taken
+
+        def record(self, stream: object) -> None:
+            pass
+
+        def elapsed_time(self, _end: object) -> float:
+            return 1000 * self.seconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    for long in range(period):
+        meter = timing.Meter(torch.device("cuda"))
+        with meter.recording() as events:
+            for i in range(24 * period):
+                taken = 16.0 if i % period == long else 1.0
+                with meter.block(taken):
+                    pass
+        assert events.seconds() == 24 * (period - 1 + 16)
 
 
 def test_every_addition_to_the_moments_is_timed_and_nothing_else(monkeypatch):

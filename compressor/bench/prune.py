@@ -127,7 +127,7 @@ def _jobs(timed: Forwards, entry: Entry, case: Case, rows: Mapping[str, ForwardR
     differentiated = entry.pruner.moments == "gradients"
 
     def share(tokens: float) -> float:
-        runs = mean_runs(given.steps, given.stride)
+        runs = mean_runs(given.steps, timed.network.subject.stride)
         return gradients.share_of(given.samples, runs, tokens) if differentiated else tokens
 
     of_some = share(SHARE) if differentiated else 1.0  # plain ones are timed with them

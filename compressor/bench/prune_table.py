@@ -242,8 +242,8 @@ def _explain(found: Measured) -> list[str]:
     given = found.subject.calibration
     return [
         f"Extrapolated from the medians above, not run: {several(given.samples, 'prompt')}, {given.batch} at a time, "
-        f"{several(given.steps, 'step')}{_stride(given.stride)}. Loading, encoding, the scheduler, checks and saving "
-        "come on top."
+        f"{several(given.steps, 'step')}{_stride(found.subject.stride)}. Loading, encoding, the scheduler, checks and "
+        "saving come on top."
     ]
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from compressor import pipeline as pipelines
 from compressor import recipe, registry, shrunk
@@ -16,12 +18,15 @@ from compressor.bench.models import KnownModel
 from compressor.bench.networks import VAE_FACTOR
 from compressor.bench.settings import check_size
 from compressor.calibration import sampling
-from compressor.calibration.strides import all_runs
+from compressor.calibration.noise import adds_noise
+from compressor.calibration.strides import all_runs, stride_of
 from compressor.errors import CompressorError
 from compressor.pipeline import Folder
 from compressor.recipe import Recipe
 from compressor.structure import Family
 from compressor.twin import size_of
+
+T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Subject:
         width: latent columns.
         pixels: height and width of the images.
         guided: whether a prompt takes two samples of a forward.
+        noisy: whether the scheduler adds noise; None if that is unknown.
         layers: each part of the network is shortened to so many; None for all.
     """
 
@@ -81,6 +87,7 @@ class Subject:
     width: int
     pixels: tuple[int, int]
     guided: bool
+    noisy: bool | None
     layers: int | None
 
     @property
@@ -98,7 +105,12 @@ class Subject:
     def forwards(self) -> int:
         """How often one pass over all prompts runs the network, with a scheduler that calls it once a step."""
         given = self.calibration
-        return all_runs(given.steps, given.stride, -(-given.samples // given.batch))
+        return all_runs(given.steps, self.stride, -(-given.samples // given.batch))
+
+    @property
+    def stride(self) -> int:
+        """In how many steps it runs once."""
+        return stride_of(self.calibration, self.calibration.samples, self.noisy)
 
 
 def find(name: str, asked: Asked) -> Subject:
@@ -122,24 +134,26 @@ def _known(model: KnownModel, asked: Asked) -> Subject:
     check_size(model, size)
     whole = {} if asked.layers is None or asked.layers > 2 else {"keep_first": 0, "keep_last": 0}
     solver = {} if asked.solver is None else {"solver": asked.solver}
-    _check_stride(_calibration(asked), recipe.Calibration.model_fields["steps"].default)
     pruners = {
         "unstructured 50 %": {"sparsity": 0.5, **solver},
         "2:4": {"granularity": "n_m", **solver},
         "structured 30 %": {"granularity": {"structured": {"heads": 0.3, "neurons": 0.3, **whole}}},
     }
-    loaded = Recipe.model_validate(
+    loaded = _checked(
+        Recipe,
         {
             "model": model.name,
             "calibration": {"prompts": ["-"], "height": size, "width": size, **_calibration(asked)},
             "prune": [{"obs_diff": options} for options in pruners.values()],
             "output": "-",
-        }
+        },
     )
     assert loaded.calibration is not None
     guided = family.prompting[0].guided and loaded.calibration.guidance > 1
     side = size // VAE_FACTOR
-    return Subject(model.name, model, family, loaded, tuple(pruners), side, side, (size, size), guided, asked.layers)
+    return Subject(
+        model.name, model, family, loaded, tuple(pruners), side, side, (size, size), guided, False, asked.layers
+    )
 
 
 def _of_recipe(name: str, asked: Asked) -> Subject:
@@ -150,10 +164,9 @@ def _of_recipe(name: str, asked: Asked) -> Subject:
         raise CompressorError(f"{name}: should have a calibration to be timed, found none")
     sizes = {} if asked.size is None else {"height": asked.size, "width": asked.size}
     given = loaded.calibration.model_dump(exclude_unset=True) | sizes | _calibration(asked)
-    _check_stride(given, loaded.calibration.steps)
     if asked.packages is not None:
         given.pop("memory", None)
-    loaded = loaded.model_copy(update={"calibration": recipe.Calibration.model_validate(given)})
+    loaded = loaded.model_copy(update={"calibration": _checked(recipe.Calibration, given)})
     if asked.compile and any(entry.pruner.moments == "gradients" for entry in loaded.prune):
         raise CompressorError(f"{name}: --compile should be left out where gradients are gathered (objective network)")
     if asked.at is not None:
@@ -171,6 +184,7 @@ def _of_recipe(name: str, asked: Asked) -> Subject:
         width // folder.vae_factor,
         (height, width),
         sampling.guided(folder, loaded.calibration.guidance),
+        adds_noise(folder.scheduler(), loaded.calibration.steps),
         asked.layers,
     )
 
@@ -192,6 +206,7 @@ def _at(model: KnownModel, name: str, loaded: Recipe, layers: int | None) -> Sub
         width // VAE_FACTOR,
         (height, width),
         family.prompting[0].guided and loaded.calibration.guidance > 1,
+        False,
         layers,
     )
 
@@ -210,10 +225,12 @@ def _calibration(asked: Asked) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _check_stride(given: Mapping[str, Any], steps: int) -> None:
-    stride, steps = given.get("stride", 1), given.get("steps", steps)
-    if stride > steps:
-        raise CompressorError(f"stride should be at most steps, {steps}, found {stride}")
+def _checked(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Of what the command line says, which may not go together."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise CompressorError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def _size_of(name: str, folder: Folder, tokens: int, layers: int | None) -> KnownModel:

@@ -16,13 +16,14 @@ from compressor.calibration import gathering, gradients, kernels, replay, sampli
 from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.curvature import Gradients
-from compressor.calibration.foretold import foretell
+from compressor.calibration.foretold import foretell, foretell_sampling
 from compressor.calibration.gradients import Differentiated
 from compressor.calibration.moments import Moments
+from compressor.calibration.noise import adds_noise
 from compressor.calibration.packages import Group, Package, cut, deal
 from compressor.calibration.replay import Replay
 from compressor.calibration.steps import StepCounter
-from compressor.calibration.strides import Strides, first_runs, mean_runs
+from compressor.calibration.strides import Strides, first_runs, mean_runs, stride_of
 from compressor.calibration.timing import Meter
 from compressor.errors import CompressorError
 from compressor.pipeline import Pipeline
@@ -44,7 +45,7 @@ class Facts:
     Attributes:
         prompts: how many are sampled.
         forwards: calls that the network ran.
-        stood: calls for which its last output stood.
+        held: calls that were held, and got its last output again.
         differentiated: forwards with a backward pass, which alone are summed where gradients are gathered.
         tokens: tokens summed, over all groups.
         skipped: layers whose input had tokens that were not finite, and how many.
@@ -58,7 +59,7 @@ class Facts:
 
     prompts: int = 0
     forwards: int = 0
-    stood: int = 0
+    held: int = 0
     differentiated: int = 0
     tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -95,6 +96,8 @@ class Calibration:
         self._seed = seed
         self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
         self._prompts = len(prompts)
+        noisy = adds_noise(pipeline.pipe.scheduler, options.steps)
+        self._stride = stride_of(options, self._prompts, noisy)
         self._ranks = ranks
         if self._prompts < ranks.count:
             raise CompressorError(
@@ -117,12 +120,14 @@ class Calibration:
     def start_over(self) -> None:
         """Forgets what was done so far: the facts begin anew, and a halved batch is tried at its full size again."""
         options, prompts = self._options, self._prompts
-        runs = mean_runs(options.steps, options.stride)
+        runs = mean_runs(options.steps, self._stride)
         self._differentiated = Differentiated(gradients.share_of(prompts, runs, options.tokens))
         self._replay = None
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
             self.warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
+        for note in foretell_sampling(prompts, options, self._pipeline.pipe.scheduler):
+            self.warn(note)
         slow = kernels.note(self._pipeline.device, self._pipeline.dtype)
         if slow is not None:
             self.warn(slow)
@@ -156,7 +161,7 @@ class Calibration:
         packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
         self.owners = {}
         guided = sampling.guided(self._pipeline.folder, self._options.guidance)
-        for note in foretell(targets, self._trace, kind, self._prompts, guided, self._options):
+        for note in foretell(targets, self._trace, kind, self._prompts, guided, self._options, self._stride):
             self.warn(note)
         if deal_out and self._ranks.count > 1:
             packages = tuple(deal(package, self._ranks.rank, self._ranks.count) for package in packages)
@@ -190,7 +195,7 @@ class Calibration:
         self._exchange()
         start = time.perf_counter()
         facts = self.facts
-        counted = facts.forwards, facts.stood, facts.differentiated
+        counted = facts.forwards, facts.held, facts.differentiated
         before = self._differentiated.count
         meter = Meter(self._pipeline.device)
         while True:
@@ -254,14 +259,15 @@ class Calibration:
             self._changing += [(target, owner or 0) for target in group.targets]
 
     def _settle(self, before: tuple[int, int, int]) -> None:
-        """Counts what all processes did together since there were so many calls run, stood for, differentiated."""
+        """Counts what all processes did together since there were so many calls run, held, differentiated."""
         if self._ranks.count == 1:
             return
         facts = self.facts
-        now = facts.forwards, facts.stood, facts.differentiated
-        done = self._ranks.gather(tuple(n - b for n, b in zip(now, before, strict=True)))
-        facts.forwards, facts.stood, facts.differentiated = (sum(all) for all in zip(before, *done, strict=True))
-        batch = min(self._ranks.gather(facts.batch))
+        now = facts.forwards, facts.held, facts.differentiated
+        found = self._ranks.gather((*(n - b for n, b in zip(now, before, strict=True)), facts.batch))
+        *done, batches = zip(*found, strict=True)
+        facts.forwards, facts.held, facts.differentiated = (b + sum(each) for b, each in zip(before, done, strict=True))
+        batch = min(batches)
         if batch < facts.batch:
             self.warn(f"memory ran out for another process: calibration goes on with a batch of {batch}")
         facts.batch = batch
@@ -269,8 +275,11 @@ class Calibration:
     def _sample(self, package: Package, kind: MomentKind, weighting: Weighting, meter: Meter) -> dict[str, Moments]:
         options, batch = self._options, self.facts.batch
         title = f"calibrating, package {package.number} of {package.count}"
-        strides = Strides(options.stride, batch)
-        summed = Calls(options.tokens, self._seed, first_runs(options.steps, options.stride), batch)
+        strides = Strides(self._stride, batch)
+        if kind == "gradients":
+            calls = self._differentiated
+        else:
+            calls = Calls(options.tokens, self._seed, first_runs(options.steps, self._stride), batch, self._stride)
         try:
             with (
                 gathering.watch(
@@ -279,7 +288,7 @@ class Calibration:
                     kind,
                     self._weigher(weighting),
                     strides,
-                    self._differentiated if kind == "gradients" else summed,
+                    calls,
                     meter,
                     self._blocks,
                     self._replay,
@@ -294,7 +303,7 @@ class Calibration:
                     advance(len(prompts))
         finally:
             self.facts.forwards += strides.ran
-            self.facts.stood += strides.stood
+            self.facts.held += strides.held
         return {name: m.finish() for name, m in moments.items()}
 
     def _weigher(self, weighting: Weighting) -> Callable[[Tensor | float], tuple[int, float]]:

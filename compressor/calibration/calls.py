@@ -9,27 +9,28 @@ class Calls:
     """One call of every stretch of 1 / share calls of a batch, at random within it: some pipelines call twice a step.
 
     From batch to batch it moves on by one, round the stretch, so that in 1 / share batches, where that is whole, every
-    call is drawn once. Whatever a batch's number of calls, each is drawn with the same chance, and where drawn stands
-    for one over that.
+    call is drawn once. Where batches run at different steps, that is so of those that run at the same ones. Whatever a
+    batch's number of calls, each is drawn with the same chance, and where drawn stands for one over that.
 
     Args:
         share: of the calls, above 0; with 1 all are drawn.
         seed: decides which are drawn of all batches.
         steps: the fewest calls of a batch. In the first batch the share is at least 1 / steps, so that one is drawn.
         batch: prompts of each.
+        stride: batches after which one runs at the same steps again, as `Strides` says.
     """
 
-    def __init__(self, share: float, seed: int, steps: int, batch: int) -> None:
+    def __init__(self, share: float, seed: int, steps: int, batch: int, stride: int = 1) -> None:
         self._share = share
         self._seed = seed
         self._steps = steps
-        self._batch = batch
+        self._round = batch * stride
         self.next_batch(0)
 
     def next_batch(self, prompt: int) -> None:
         """From now on it is drawn for a batch that begins with that prompt: the same whatever was drawn before."""
         self._random = random.Random(f"calls {self._seed}")
-        self._moved = prompt // self._batch * self._share
+        self._moved = prompt // self._round * self._share
         self._chance = self._share if prompt else max(self._share, 1 / self._steps)
         self._call = self._stretch = 0
         self._next = self._draw()

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from compressor.calibration import gradients
+from compressor.calibration.noise import explain_stride
 from compressor.calibration.strides import mean_runs
 from compressor.plugin import MomentKind
 from compressor.recipe import Calibration as Options
 from compressor.structure import Target, Trace
 
 
+def foretell_sampling(prompts: int, options: Options, scheduler: Any) -> Iterator[str]:
+    """Warnings of how prompts are sampled, as `plan` and `run` tell them.
+
+    Args:
+        prompts: how many.
+        options: steps, stride and batch.
+        scheduler: diffusers' own.
+    """
+    for note in (explain_stride(options, prompts, scheduler), explain_batches(options, prompts)):
+        if note is not None:
+            yield note
+
+
 def foretell(
-    targets: Sequence[Target], trace: Trace, kind: MomentKind, prompts: int, guided: bool, options: Options
+    targets: Sequence[Target], trace: Trace, kind: MomentKind, prompts: int, guided: bool, options: Options, stride: int
 ) -> Iterator[str]:
-    """Warnings, as `plan` and `run` tell them.
+    """Warnings of what layers see, as `plan` and `run` tell them.
 
     Args:
         targets: the layers.
@@ -23,15 +39,30 @@ def foretell(
         kind: which moments are collected.
         prompts: how many are sampled.
         guided: whether every prompt is joined by the empty one.
-        options: steps, stride, tokens and batch.
+        options: steps, tokens and batch.
+        stride: in how many steps the network runs once.
     """
+    runs = mean_runs(options.steps, stride)
     if kind in ("second", "gradients"):
-        runs = mean_runs(options.steps, options.stride)
         note = explain_rank(targets, trace, kind, prompts, runs, guided, options.tokens, options.batch)
         if note is not None:
             yield note
-    if kind == "gradients" and (note := explain_share(options, prompts)) is not None:
+    if kind == "gradients" and (note := explain_share(options, prompts, runs)) is not None:
         yield note
+
+
+def explain_batches(options: Options, prompts: int) -> str | None:
+    """A warning if there are steps at which no batch runs, or None."""
+    batches = math.ceil(prompts / options.batch)
+    if options.stride is None or batches >= options.stride:
+        return None
+    seen = sum(step == 0 or step % options.stride < batches for step in range(options.steps))
+    if seen == options.steps:
+        return None
+    return (
+        f"calibration.stride: with {'a single batch' if batches == 1 else f'{batches} batches'} of prompts the network "
+        f"runs at {seen} of {options.steps} steps and never at the others; a smaller calibration.batch would make more"
+    )
 
 
 def explain_rank(
@@ -84,9 +115,15 @@ def explain_rank(
     )
 
 
-def explain_share(options: Options, prompts: int) -> str | None:
-    """A warning if gradients are gathered and a share of the tokens is asked for that changes nothing, or None."""
-    share = gradients.share_of(prompts, mean_runs(options.steps, options.stride), 1.0)
+def explain_share(options: Options, prompts: int, runs: float) -> str | None:
+    """A warning if gradients are gathered and a share of the tokens is asked for that changes nothing, or None.
+
+    Args:
+        options: the share.
+        prompts: how many are sampled.
+        runs: of the network for each; their mean.
+    """
+    share = gradients.share_of(prompts, runs, 1.0)
     if options.tokens == 1 or options.tokens < share:
         return None
     return (

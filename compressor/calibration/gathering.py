@@ -66,7 +66,7 @@ def watch(
         nonlocal weight, summed
         step, counts = weigh(signature.bind_partial(*args, **kwargs).arguments["timestep"])
         steps = strides.begin(step, args, kwargs)
-        times = 1.0 if strides.held or isinstance(calls, Differentiated) else calls.next_call()
+        times = calls.next_call() if strides.runs and isinstance(calls, Calls) else 1.0
         weight = steps * times * counts
         summed = steps * times > 0
         if summed:
@@ -86,7 +86,7 @@ def watch(
 
         def add(x: Tensor) -> None:
             if summed:
-                with meter.block():
+                with meter.block(x.shape):
                     moments[group.name].add(x.detach(), weight, live)
 
         return add
@@ -117,7 +117,7 @@ def watch(
                 lambda found, squares, scale: coupled.add(found, squares, scale, weight if live is None else live),
                 differentiated,
                 coupled.forget,
-                runs=lambda: not strides.held,
+                strides,
             ),
             replay.replaying(meter, differentiated=lambda: differentiated.now) if replay is not None else nullcontext(),
             holding(network, strides),

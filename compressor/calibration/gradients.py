@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 
 from compressor.calibration import influence, replay
+from compressor.calibration.strides import Strides
 from compressor.structure import Target
 
 SHARE = 1 / 6
@@ -65,9 +66,9 @@ class Differentiated:
     Attributes:
         now: whether the current call is.
         count: of those that were.
-        scales: what a call's g g^T are multiplied by, by the first prompt of its batch and its number in that; float64
-            without dimensions, where the network is, so that no GPU is waited for. Those of calls that are known, from
-            another package's pass over the same prompts, are kept, so that gradients of both compare.
+        scales: what a call's g g^T are multiplied by, by the first prompt of its batch and which call of that it is;
+            float64 without dimensions, where the network is, so that no GPU is waited for. Those of calls that are
+            known, from another package's pass over the same prompts, are kept, so that gradients of both compare.
     """
 
     def __init__(self, share: float) -> None:
@@ -77,9 +78,10 @@ class Differentiated:
         self._noise: Tensor | None = None
         self._scale: Tensor | None = None
         self._kind: Hashable = None
+        self._place: tuple[int, Hashable] = (0, None)
         self.now = False
         self.count = 0
-        self.scales: dict[tuple[int, int], Tensor] = {}
+        self.scales: dict[tuple[int, Hashable], Tensor] = {}
         self.next_batch(0)
 
     def next_batch(self, prompt: int) -> None:
@@ -87,11 +89,18 @@ class Differentiated:
         self._generator.manual_seed(prompt)
         self._batch, self._call = prompt, -1
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begins a call with these arguments."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Hashable = None) -> None:
+        """Begins a call that the network runs, with these arguments.
+
+        Args:
+            args: of the network's forward.
+            kwargs: likewise.
+            call: which one of its batch it is, whatever the batch's size; None for its number.
+        """
         self._call += 1
+        self._place = self._batch, self._call if call is None else call
         chosen = torch.rand((), generator=self._generator).item() < self._share
-        self.now = chosen or self._place == (0, 0)
+        self.now = chosen or self._batch == self._call == 0
         if not self.now:
             return
         self.count += 1
@@ -132,10 +141,6 @@ class Differentiated:
         self.now = False
         self.next_batch(0)
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self._batch, self._call
-
     def _draw(self, like: Tensor) -> Tensor:
         noise = torch.randn(like.shape, generator=self._generator)
         return noise.pin_memory() if like.is_cuda else noise  # from where it is copied without waiting for the GPU
@@ -148,7 +153,7 @@ def watch(
     take: Take,
     differentiated: Differentiated,
     forget: Callable[[], None] | None = None,
-    runs: Callable[[], bool] = lambda: True,
+    strides: Strides | None = None,
 ) -> Iterator[None]:
     """While it lasts, some calls of the network are differentiated by what their layers give out.
 
@@ -161,7 +166,7 @@ def watch(
         take: is called at the end of each of these calls.
         differentiated: which. `next_batch` is to be called before every batch by whoever samples it.
         forget: is called after that, and where a call has failed.
-        runs: whether the network runs the current call; others are not counted.
+        strides: which calls the network runs; all if None.
     """
     plain = network.forward
     outputs: dict[str, Tensor] = {}
@@ -200,12 +205,14 @@ def watch(
     frozen = [parameter for parameter in network.parameters() if parameter.requires_grad]
 
     def before_network(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if runs():
+        if strides is None:
             differentiated.begin(args, kwargs)
+        elif strides.runs:
+            differentiated.begin(args, kwargs, strides.call)
 
     handles = [
         network.register_forward_pre_hook(before_network, with_kwargs=True),
-        network.register_forward_hook(lambda *_: differentiated.end() if runs() else None),
+        network.register_forward_hook(lambda *_: differentiated.end()),
     ]
     handles += [target.module.register_forward_hook(after_layer(target)) for target in targets]
     try:

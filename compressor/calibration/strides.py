@@ -1,4 +1,4 @@
-"""Runs the network at some of a prompt's steps only: between them its last output stands for it.
+"""Runs the network at some of a prompt's steps only: calls at the others are held, and get the last output again.
 
 A sampler that moves along the network's output takes longer steps then, as if it had fewer of them: what is saved are
 forwards, of which a calibration has more than its sums need.
@@ -7,7 +7,7 @@ forwards, of which a calibration has more than its sums need.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,26 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from compressor.calibration.replay import calling
+from compressor.recipe import Calibration as Options
 
-Shapes = tuple[torch.Size, ...]
+STRIDE = 2
+"""Where a recipe has none: it left as much error as 1 on the built-in pipelines."""
+
+FEWEST = 10
+"""Steps with which that was measured; with fewer, the network runs at each."""
+
+
+def stride_of(options: Options, prompts: int, noisy: bool | None) -> int:
+    """In how many steps the network runs once.
+
+    Args:
+        options: the recipe's, which decide if they have a stride.
+        prompts: in all; where they are a single batch, no other could run at other steps.
+        noisy: whether the scheduler adds noise, of which an output that is held knows nothing; None if that is unknown.
+    """
+    if options.stride is not None:
+        return options.stride
+    return STRIDE if options.steps >= FEWEST and prompts > options.batch and noisy is False else 1
 
 
 def mean_runs(steps: int, stride: int) -> float:
@@ -39,8 +57,8 @@ class Strides:
     """Which calls of a batch the network runs.
 
     It runs at the first step, and then at every `stride`-th one, from batch to batch beginning one step later: in as
-    many batches, it runs at each step. Where it ran because there was nothing yet that could stand for it, which is so
-    in every batch, the call counts for itself; elsewhere for as many steps as a stride has.
+    many batches, it runs at each step. Where it runs because there is no output yet that could be held, which is so in
+    every batch, the call counts for itself; elsewhere for as many steps as a stride has.
 
     Calls of a step are told apart by the shapes of their arguments, and by their order: some pipelines call once with
     the prompt and once without.
@@ -50,24 +68,26 @@ class Strides:
         batch: prompts of each.
 
     Attributes:
-        held: whether the current call is one for which an output stands.
-        ran: calls that the network ran.
-        stood: those for which an output stood.
+        runs: whether the network runs the current call; else it is held.
+        call: which one of its batch it is.
+        ran: calls that ran.
+        held: calls that were held.
     """
 
     def __init__(self, stride: int, batch: int) -> None:
         self._stride, self._batch = stride, batch
-        self.held = False
-        self.ran = self.stood = 0
+        self.runs = True
+        self.call: Hashable = None
+        self.ran = self.held = 0
         self.next_batch(0)
 
     def next_batch(self, prompt: int) -> None:
         """Begins the batch with that first prompt, which decides at which steps it runs."""
         self._first = prompt // self._batch % self._stride
         self._step = -1
-        self._calls: dict[Shapes, int] = {}
-        self._begun: dict[Shapes, int] = {}
-        self._outputs: dict[Shapes, list[Any]] = {}
+        self._calls: dict[tuple[torch.Size, ...], int] = {}
+        self._begun: dict[Hashable, int] = {}
+        self._outputs: dict[Hashable, Any] = {}
 
     def begin(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Begins a call with these arguments.
@@ -80,33 +100,32 @@ class Strides:
         Returns:
             How many steps it stands for: 0 if it is held.
         """
-        self._shapes = tuple(leaf.shape for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        shapes = tuple(leaf.shape for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         if step != self._step:
             self._step = step
             self._calls.clear()
-        self._call = self._calls.get(self._shapes, 0)
-        self._calls[self._shapes] = self._call + 1
-        fresh = step == self._begun.setdefault(self._shapes, step)
-        self.held = not fresh and step % self._stride != self._first
-        self.ran += not self.held
-        self.stood += self.held
-        return 0 if self.held else 1 if fresh else self._stride
+        self._calls[shapes] = self._calls.get(shapes, 0) + 1
+        self._kind = shapes, self._calls[shapes]
+        self.call = step, self._kind
+        fresh = step == self._begun.setdefault(self._kind, step)
+        self.runs = fresh or step % self._stride == self._first
+        self.ran += self.runs
+        self.held += not self.runs
+        return 0 if not self.runs else 1 if fresh else self._stride
 
     def keep(self, output: Any) -> None:
         """Takes the output of a call that ran."""
         if self._stride > 1:
-            outputs = self._outputs.setdefault(self._shapes, [])
-            outputs[self._call : self._call + 1] = [_copy(output)]
+            self._outputs[self._kind] = _copy(output)
 
     def output(self) -> Any:
-        """What stands for a call that is held: the last output of such a call."""
-        outputs = self._outputs[self._shapes]
-        return _copy(outputs[min(self._call, len(outputs) - 1)])
+        """Of the last such call that ran, for one that is held."""
+        return _copy(self._outputs[self._kind])
 
 
 @contextmanager
 def holding(network: nn.Module, strides: Strides) -> Iterator[None]:
-    """While it lasts, calls that are held give what stands for them. Entered behind all else that wraps a forward.
+    """While it lasts, calls that are held get the last output. Entered behind all else that wraps a forward.
 
     Args:
         network: whose hooks begin every call of `strides`.
@@ -116,7 +135,7 @@ def holding(network: nn.Module, strides: Strides) -> Iterator[None]:
 
     @functools.wraps(run)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if strides.held:
+        if not strides.runs:
             return strides.output()
         result = run(*args, **kwargs)
         strides.keep(result)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ EVERY = 8
 half of the rest."""
 
 SAMPLED = 5
-"""Of the blocks in a CUDA graph, one in so many is timed: events keep its kernels from following closely."""
+"""Of the blocks of a kind in a CUDA graph, one in so many is timed: events keep its kernels from following closely."""
 
 Pair = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -24,23 +25,23 @@ class Events:
     """Around the blocks of a CUDA graph that are timed whenever it is replayed.
 
     Attributes:
-        rare: each of these.
-        others: some of the others.
-        blocks: how many others there are.
+        timed: around some blocks, by their kind.
+        blocks: how many there are, likewise.
     """
 
-    rare: list[Pair] = field(default_factory=list)
-    others: list[Pair] = field(default_factory=list)
-    blocks: int = 0
+    timed: dict[Hashable, list[Pair]] = field(default_factory=dict)
+    blocks: Counter[Hashable] = field(default_factory=Counter)
 
     def __bool__(self) -> bool:
         """Whether there are any."""
-        return bool(self.rare or self.others)
+        return bool(self.timed)
 
     def seconds(self) -> float:
         """In all blocks of the last replay."""
-        rare, others = (sum(a.elapsed_time(b) for a, b in pairs) / 1000 for pairs in (self.rare, self.others))
-        return rare + others * self.blocks / max(len(self.others), 1)
+        return sum(
+            sum(begin.elapsed_time(end) for begin, end in pairs) / 1000 * self.blocks[kind] / len(pairs)
+            for kind, pairs in self.timed.items()
+        )
 
 
 class Meter:
@@ -50,7 +51,7 @@ class Meter:
     called, where the GPU has been waited for anyway; if it ran dry inside a block, that counts too. There the first
     forward is timed, in which kernels are compiled, and one in `EVERY` of the others, each of which stands for as many.
     Of forwards that are replayed by one graph, the last before `settle` stands for all since the one before, and of its
-    blocks one in `SAMPLED` for all. Blocks that are rare are timed each.
+    blocks one in `SAMPLED` of a kind for all of it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,17 +74,18 @@ class Meter:
         """Begins a forward that has blocks."""
         self._forward += 1
 
-    def block(self, rare: bool = False) -> AbstractContextManager[None]:
+    def block(self, kind: Hashable = None, rare: bool = False) -> AbstractContextManager[None]:
         """Counts the block, in a forward that is timed.
 
         Args:
-            rare: it is one of few, which are all timed, and stands for no other.
+            kind: blocks of one kind take as long, such as those on inputs of one shape.
+            rare: it is one of few, which are all timed where they are not replayed, and stands for no other.
         """
         forward = 1 if rare else self._forward  # the first stands for itself
         if self._device.type != "cuda":
             return self._clocked(forward)
         if self._recording is not None:
-            return self._recorded(self._recording, rare)
+            return self._recorded(self._recording, kind)
         if forward <= 1 or forward % EVERY == 2:
             return self._between_events(forward)
         return _NOTHING
@@ -131,12 +133,12 @@ class Meter:
             yield
         self._running.append((forward, *pair))
 
-    def _recorded(self, events: Events, rare: bool) -> AbstractContextManager[None]:
-        events.blocks += not rare
-        if not rare and events.blocks % SAMPLED != 1:
+    def _recorded(self, events: Events, kind: Hashable) -> AbstractContextManager[None]:
+        events.blocks[kind] += 1
+        if events.blocks[kind] % SAMPLED != 1:
             return _NOTHING
         pair = _event(external=True), _event(external=True)
-        (events.rare if rare else events.others).append(pair)
+        events.timed.setdefault(kind, []).append(pair)
         return self._around(pair)
 
     @contextmanager

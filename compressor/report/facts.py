@@ -237,7 +237,7 @@ class CalibrationFacts:
         batch: prompts at a time, after backing off for memory.
         packages: into how many groups the layers were cut, each calibrated on the ones before it pruned.
         forwards: forwards of the component, over all packages.
-        stood: further calls, for which the last output stood, as `calibration.stride` says.
+        held: further calls, which got the last output again, as `calibration.stride` says.
         differentiated: forwards with a backward pass, which alone are summed where gradients are gathered.
         tokens: tokens that entered the moments, over all inputs.
         nonfinite: by layer name, how many tokens were skipped because they were not finite; only where any were.
@@ -250,7 +250,7 @@ class CalibrationFacts:
     batch: int
     packages: int
     forwards: int
-    stood: int
+    held: int
     differentiated: int
     tokens: int
     nonfinite: dict[str, int] = field(default_factory=dict)

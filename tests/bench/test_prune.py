@@ -69,7 +69,7 @@ def test_one_call_times_forwards_and_solves_and_extrapolates_jobs(monkeypatch):
         return {name: Times((float(next(made_up)),) * 3, (0.0,) * 3) for name in calls}
 
     monkeypatch.setattr(forward_times, "in_turns", in_turns)
-    found = call("tiny-sd3 --size 64 --batch 3 --prompts 10 --steps 7 --repeats 3 --output deep/p.json")
+    found = call("tiny-sd3 --size 64 --batch 3 --prompts 10 --steps 7 --stride 2 --repeats 3 --output deep/p.json")
     assert found.exit_code == 0, found.stderr
     assert "64 x 64 pixels, 6 samples a forward; medians of 3 turns of forwards and 1 turn of solves" in found.stdout
     words = "10 prompts, 3 at a time, 7 steps, of which the network runs the first and one of every 2. Loading,"
@@ -169,7 +169,7 @@ def test_compiled_forwards_are_timed_beside_eager_ones_and_compiling_counts_once
         return {name: Times((next(made_up) / 1000,), (0.0,)) for name in calls}
 
     monkeypatch.setattr(forward_times, "in_turns", in_turns)
-    arguments = "tiny-sd3 --size 64 --batch 1 --prompts 10 --steps 7 --layers 1 --packages 1 --output p.json"
+    arguments = "tiny-sd3 --size 64 --batch 1 --prompts 10 --steps 7 --stride 2 --layers 1 --packages 1 --output p.json"
     plain = tables(call(arguments).stdout)
     made_up = iter(range(1, 100))
     found = call(arguments + " --compile")
@@ -275,28 +275,30 @@ def test_a_recipe_is_timed_with_its_own_pruners_and_calibration():
     ]
     assert {row[0] for row in solves[1:]} == {"prune[0]", "prune[1]"}
     assert [row[:3] for row in jobs[1:]] == [
-        ["prune[0]", "1 package", "4"],  # the first of two steps, in the second of three batches the other one, too
-        ["prune[0]", "1 package, 25 % of the tokens", "4"],
-        ["prune[0]", "2 packages, 50 % of the tokens", "8"],
+        ["prune[0]", "1 package", "6"],
+        ["prune[0]", "1 package, 25 % of the tokens", "6"],
+        ["prune[0]", "2 packages, 50 % of the tokens", "12"],
         ["prune[1]", "no calibration", "0"],
     ]
     (model,) = json.loads(Path("t.json").read_text())["models"]
     times = {row["name"]: row["times"]["seconds"][0] for row in model["forwards"]}
     added = sum(times[f"prune[0]: package {i} of 2"] - times["plain"] for i in (1, 2)) / 2
     job = next(job for job in model["extrapolated"] if job["how"] == "2 packages, 50 % of the tokens")
-    assert job["moments"] == pytest.approx(8 * 0.5 * added)
+    assert job["moments"] == pytest.approx(12 * 0.5 * added)
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl", "flux"])
 def test_a_recipe_of_every_family_is_timed_and_can_be_told_otherwise(kind):
     path = recipe_of(kind, "[{obs_diff: {sparsity: 0.5}}]")
-    found = call(f"{path} --repeats 1 --prompts 3 --batch 2 --steps 5 --stride 1 --packages 1 --guidance 1")
+    found = call(f"{path} --repeats 1 --prompts 3 --batch 2 --steps 5 --stride 3 --packages 1 --guidance 1")
     assert found.exit_code == 0, found.stderr
     assert "2 samples a forward" in found.stdout
-    assert "not run: 3 prompts, 2 at a time, 5 steps. Loading, " in found.stdout
+    assert (
+        "3 prompts, 2 at a time, 5 steps, of which the network runs the first and one of every 3. Load" in found.stdout
+    )
     assert [row[:3] for row in tables(found.stdout)[2][1:]] == [
-        ["prune[0]", "1 package", "10"],
-        ["prune[0]", "1 package, 25 % of the tokens", "10"],
+        ["prune[0]", "1 package", "5"],  # 0, 3 and 0, 1, 4
+        ["prune[0]", "1 package, 25 % of the tokens", "5"],
     ]
 
 
@@ -381,7 +383,13 @@ def test_a_recipe_without_calibration_is_refused():
 
 
 def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_of_the_forwards(monkeypatch):
-    monkeypatch.setattr(prune.gradients, "share_of", lambda _prompts, _steps, most: min(most, 0.5))
+    runs: set[float] = set()
+
+    def share_of(_prompts, steps, most):
+        runs.add(steps)
+        return min(most, 0.5)
+
+    monkeypatch.setattr(prune.gradients, "share_of", share_of)
     seconds = iter(range(1, 100))
     monkeypatch.setattr(
         forward_times, "in_turns", lambda calls, *_: {name: Times((float(next(seconds)),), (0.0,)) for name in calls}
@@ -398,7 +406,9 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
 
     monkeypatch.setattr(gathered.gathering, "watch", watching)
     settings = "sparsity: 0.5, solver: admm, refit: true, objective: network"
-    recipe_of("sd2", f"[{{obs_diff: {{{settings}}}}}, {{obs_diff: {{{settings}, spread: 0.1}}}}]", ", packages: 2")
+    recipe_of(
+        "sd2", f"[{{obs_diff: {{{settings}}}}}, {{obs_diff: {{{settings}, spread: 0.1}}}}]", ", packages: 2, stride: 2"
+    )
     found = call("r.yaml --at tiny-sd3 --size 32 --output t.json")
     assert found.exit_code == 0, found.output
     assert {kind for kind, _ in watched} == {"gradients"}
@@ -411,6 +421,7 @@ def test_a_recipe_is_timed_at_a_known_models_size_and_gradients_in_their_share_o
     ]
     (measured,) = json.loads(Path("t.json").read_text())["models"]
     assert measured["model"] == "r.yaml at tiny-sd3"
+    assert runs == {1.5}  # of two steps the first, and in every other batch the second
     jobs = {(job["name"], job["how"]): job for job in measured["extrapolated"]}
     whole = jobs["prune[0]", "1 package"]
     # plain forwards took 1 s, those with gradients 2, 3 and 4, of which one in two is, and a quarter at the most

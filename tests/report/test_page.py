@@ -194,7 +194,7 @@ def test_times_memory_calibration_exports_versions_and_warnings_are_told(page: P
         "load 1.2 s calibrate 3 min 20 s together 3 min 21 s",
         "Peak memory, CPU resident 1.40 GB",
         "Prompts 128, 16 at a time Sampling 20 steps, guidance 3 Packages 4",
-        "Forwards of the transformer 160, of which 107 differentiated; for 480 calls the last output stood",
+        "Forwards of the transformer 160, of which 107 differentiated; 480 further calls were held, and got the last",
         "Tokens skipped as not finite 7",
         "transformer_blocks.0.attn.to_q 7",
         "onnx, 2.5 s onnx/transformer.onnx 18.4 MB shapes 1, largest 1e-06 2:4 yes",
@@ -207,7 +207,7 @@ def test_times_memory_calibration_exports_versions_and_warnings_are_told(page: P
 
 def test_where_no_gradients_were_gathered_forwards_are_just_counted(report: Report):
     assert report.calibration is not None
-    plain = dataclasses.replace(report.calibration, differentiated=0, stood=0)
+    plain = dataclasses.replace(report.calibration, differentiated=0, held=0)
     page = Page(render(dataclasses.replace(report, calibration=plain), None))
     assert "Forwards of the transformer 160 Tokens gathered" in page.text
 
