@@ -167,7 +167,8 @@ def prune(
     """Time calibration and solves, without weights, and extrapolate what pruning takes here.
 
     Forwards with moments are timed against plain ones in turns. A model is one of sd2.1, sdxl, sd3-medium, sd3.5-large
-    and flux-dev, with the pruners of the published tables at the paper's setting; or a recipe, with its own.
+    and flux-dev, with the pruners of the published tables at the paper's setting, but for the stride; or a recipe, with
+    its own.
     """
     with importing():
         from compressor import quiet
