@@ -306,6 +306,7 @@ def test_schedulers_that_add_noise_are_found_out(name, settings, noisy):
 
 def test_of_a_scheduler_that_cannot_be_tried_it_is_not_known():
     assert adds_noise(object(), 10) is None
+    assert adds_noise(None, 10) is False  # a plan's, of a folder without one
 
 
 NOISY = "LCMScheduler adds noise"

@@ -21,9 +21,11 @@ def adds_noise(scheduler: Any, steps: int) -> bool | None:
     """Whether a sampling depends on random numbers; None if that could not be found out.
 
     Args:
-        scheduler: diffusers' own; not changed.
+        scheduler: diffusers' own, not changed; None for that of a folder without one, which is taken to add none.
         steps: inference steps.
     """
+    if scheduler is None:
+        return False
     try:
         first, second = (_sampled(copy.deepcopy(scheduler), steps, seed) for seed in (0, 1))
     except Exception:  # whatever one that its pipeline alone sets up stumbles over: then it is not known
