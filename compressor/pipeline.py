@@ -60,11 +60,13 @@ class Folder:
         return weight_files.read_json(self.path / component / "config.json")
 
     def scheduler(self) -> Any:
-        """Diffusers' scheduler, as its config says; None if there is none, or none of diffusers' own."""
+        """The pipeline's scheduler, None if there is none; of a class that diffusers does not have, just the name."""
         file = self.path / "scheduler" / "scheduler_config.json"
-        config = weight_files.read_json(file) if file.is_file() else {}
-        cls = getattr(diffusers, config.get("_class_name", ""), None)
-        return None if cls is None else cls.from_config(config)
+        _, name = weight_files.read_json(self.path / "model_index.json").get("scheduler") or (None, None)
+        if name is None or not file.is_file():
+            return None
+        cls = getattr(diffusers, name, None)
+        return type(name, (), {})() if cls is None else cls.from_config(weight_files.read_json(file))
 
     @property
     def vae_factor(self) -> int:

@@ -82,7 +82,7 @@ class Calibration(Options):
         default=None,
         ge=1,
         description="the network runs at one of so many steps, at others in the next batch, and between them gives its "
-        "last output again; 2 if not given, but 1 below 10 steps or where the scheduler adds noise",
+        "last output again; 2 if not given, but 1 below 10 steps, with one batch, or where the scheduler adds noise",
     )
     tokens: float = Field(
         default=1.0,

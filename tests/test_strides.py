@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from importlib import import_module
 from typing import Any
 
@@ -292,20 +295,24 @@ SETTINGS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
         ("KDPM2AncestralDiscreteScheduler", SETTINGS, True),
         ("LCMScheduler", SETTINGS, True),
         ("PNDMScheduler", {**SETTINGS, "skip_prk_steps": True}, False),
-        ("TCDScheduler", SETTINGS, True),
+        ("SASolverScheduler", SETTINGS, True),  # between its first and its last steps
+        ("TCDScheduler", SETTINGS, False),  # as pipelines ask for none
         ("UniPCMultistepScheduler", SETTINGS, False),
     ],
 )
 def test_schedulers_that_add_noise_are_found_out(name, settings, noisy):
     scheduler = getattr(import_module("diffusers"), name)(**settings)
+    torch.manual_seed(1234)
     before = torch.get_rng_state()
-    assert adds_noise(scheduler, 10) is noisy
+    assert adds_noise(scheduler, 25) is noisy
     assert torch.equal(torch.get_rng_state(), before)
     assert getattr(scheduler, "_step_index", None) is None
 
 
 def test_of_a_scheduler_that_cannot_be_tried_it_is_not_known():
     assert adds_noise(object(), 10) is None
+    lcm = LCMScheduler(rescale_betas_zero_snr=True)  # what it makes of a network that predicts noise is not finite
+    assert adds_noise(lcm, 10) is None
     assert adds_noise(None, 10) is False  # a plan's, of a folder without one
 
 
@@ -358,6 +365,26 @@ NOISY = "LCMScheduler adds noise"
 def test_what_a_user_should_know_of_the_steps_is_told(given, prompts, scheduler, message):
     options = Options.model_validate({"prompts": ["a"], "steps": 10, **given})
     assert list(foretell_sampling(prompts, options, scheduler)) == ([] if message is None else [message])
+
+
+def test_the_scheduler_is_the_one_that_the_index_names(tmp_path):
+    folder = shutil.copytree(tiny.folder("sd2"), tmp_path / "m")
+    index = json.loads((folder / "model_index.json").read_text())
+    for entry, name in (
+        (["diffusers", "LCMScheduler"], "LCMScheduler"),
+        (["mine", "Mine"], "Mine"),
+        ([None, None], "NoneType"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": entry}))
+        found = dataclasses.replace(tiny.load("sd2").folder, path=folder)
+        assert type(found.scheduler()).__name__ == name
+
+
+def test_scales_of_gradients_are_known_again_by_prompt_step_and_order_whatever_the_batch():
+    _, calibration, _ = collect("gradients", steps=6, stride=2)
+    assert set(calibration._differentiated.scales) == {(0, (step, 1)) for step in (0, 2, 4)} | {
+        (2, (step, 1)) for step in (0, 1, 3, 5)
+    }
 
 
 def test_a_run_and_a_plan_go_by_the_scheduler():

@@ -13,9 +13,6 @@ from torch import Tensor
 from compressor.calibration.strides import stride_of
 from compressor.recipe import Calibration as Options
 
-STEPS = 3
-"""That are tried: some schedulers add noise at every other step."""
-
 
 def adds_noise(scheduler: Any, steps: int) -> bool | None:
     """Whether a sampling depends on random numbers; None if that could not be found out.
@@ -29,6 +26,8 @@ def adds_noise(scheduler: Any, steps: int) -> bool | None:
     try:
         first, second = (_sampled(copy.deepcopy(scheduler), steps, seed) for seed in (0, 1))
     except Exception:  # whatever one that its pipeline alone sets up stumbles over: then it is not known
+        return None
+    if not (first.isfinite().all() and second.isfinite().all()):
         return None
     return not torch.equal(first, second)
 
@@ -51,13 +50,14 @@ def explain_stride(options: Options, prompts: int, scheduler: Any) -> str | None
 
 
 def _sampled(scheduler: Any, steps: int, seed: int) -> Tensor:
-    """What a few steps make of ones, where the network gives zeros."""
+    """What a sampling makes of ones, where the network gives zeros, with no noise that pipelines can leave out."""
     scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
     generator = torch.Generator().manual_seed(seed)
-    given = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    known = inspect.signature(scheduler.step).parameters
+    given = {name: value for name, value in {"generator": generator, "eta": 0.0}.items() if name in known}
     sample = torch.ones(1, 4, 8, 8)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-        torch.manual_seed(seed)
-        for timestep in scheduler.timesteps[:STEPS]:
+        torch.default_generator.manual_seed(seed)
+        for timestep in scheduler.timesteps:
             sample = scheduler.step(torch.zeros_like(sample), timestep, sample, **given, return_dict=False)[0]
     return sample

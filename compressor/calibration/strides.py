@@ -69,7 +69,7 @@ class Strides:
 
     Attributes:
         runs: whether the network runs the current call; else it is held.
-        call: which one of its batch it is.
+        call: which one of its batch it is, by step and order.
         ran: calls that ran.
         held: calls that were held.
     """
@@ -106,7 +106,7 @@ class Strides:
             self._calls.clear()
         self._calls[shapes] = self._calls.get(shapes, 0) + 1
         self._kind = shapes, self._calls[shapes]
-        self.call = step, self._kind
+        self.call = step, sum(self._calls.values())
         fresh = step == self._begun.setdefault(self._kind, step)
         self.runs = fresh or step % self._stride == self._first
         self.ran += self.runs

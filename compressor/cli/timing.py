@@ -138,7 +138,7 @@ def sparse(models: tuple[str, ...], output: Path | None, **options: Any) -> None
 @click.option("--size", type=click.IntRange(16), help="Pixels, either way; 512 if not given, and a recipe's own.")
 @click.option("--prompts", type=click.IntRange(1), help="To extrapolate to; 100 if not given, and a recipe's own.")
 @click.option("--steps", type=click.IntRange(1), help="Of a prompt; 25 if not given, and a recipe's own.")
-@click.option("--stride", type=click.IntRange(1), help="In steps, of the network's runs; 2 if no recipe has its own.")
+@click.option("--stride", type=click.IntRange(1), help="In steps, of the network's runs; as in a run if not given.")
 @click.option("--guidance", type=click.FloatRange(0), help="Above 1 a prompt takes two samples, where a model has it.")
 @click.option("--batch", type=click.IntRange(1), help="Prompts at a time; 4 if not given, and a recipe's own.")
 @click.option("--packages", type=click.IntRange(1), help="Module Packages; 4 if not given, and a recipe's own.")
