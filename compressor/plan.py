@@ -173,10 +173,14 @@ def plan(recipe: Recipe) -> Plan:
     found = enter(recipe, folder.network, twin, folder.family, seen)
     check_apart(found)
     warnings += explain_left_out(found)
+    stride = 1
     if given is not None and any(entry.pruner.moments != "none" for entry in found):
-        warnings += foretell_sampling(texts, given, folder.scheduler())
+        scheduler = folder.scheduler()
+        noisy = adds_noise(scheduler, given.steps)
+        stride = stride_of(given, texts, noisy)
+        warnings += foretell_sampling(texts, given, scheduler, noisy)
     for entry in found:
-        planned, notes = _plan_entry(recipe, entry, seen, texts, folder)
+        planned, notes = _plan_entry(recipe, entry, seen, texts, folder, stride)
         entries.append(planned)
         warnings += [note for note in notes if note not in warnings]
         zeros |= {layer.name: layer.zeros for layer in planned.layers}
@@ -231,7 +235,7 @@ def _plan_parts(
 
 
 def _plan_entry(
-    recipe: Recipe, entry: Entry, seen: Trace, texts: int, folder: pipelines.Folder
+    recipe: Recipe, entry: Entry, seen: Trace, texts: int, folder: pipelines.Folder, stride: int
 ) -> tuple[PlannedPruning, list[str]]:
     targets = entry.calibrated
     notes: list[str] = []
@@ -240,7 +244,6 @@ def _plan_entry(
     given = recipe.calibration
     if entry.pruner.moments != "none" and given is not None:
         packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
-        stride = stride_of(given, texts, adds_noise(folder.scheduler(), given.steps))
         runs = all_runs(given.steps, stride, math.ceil(texts / given.batch))
         forwards = entry.pruner.passes(len(packages)) * runs
         guided = sampling.guided(folder, given.guidance)

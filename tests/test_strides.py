@@ -26,8 +26,8 @@ from compressor.plugin import MomentKind
 from compressor.recipe import Calibration as Options
 from compressor.recipe import Recipe
 from tests import tiny
-from tests.test_calls import drawn
-from tests.test_moments import Growing, Recorder, assert_near, explicit
+from tests.test_calls import collect, drawn
+from tests.test_moments import Growing, assert_near, explicit
 
 
 def begun(strides: Strides, prompt: int, steps: list[int], width: int = 1) -> list[int]:
@@ -109,16 +109,6 @@ def test_what_is_held_is_not_what_the_pipeline_changed():
             assert torch.equal(first, expected)
         assert torch.equal(network(torch.zeros(2)), network.bias)
     assert network.forward == own
-
-
-def collect(kind: MomentKind, packages: int = 1, record: bool = False, **options: Any) -> tuple[dict, Any, Any]:
-    loaded = tiny.load("sd3")
-    calibration = tiny.calibrate(loaded, packages=packages, **options)
-    recorder = Recorder(loaded) if record else None
-    found = {}
-    for package in calibration.packages(loaded.targets, kind):
-        found |= calibration.collect(package, kind, Growing())
-    return found, calibration, recorder
 
 
 @pytest.mark.parametrize("kind", ["second", "norms"])
@@ -364,7 +354,9 @@ NOISY = "LCMScheduler adds noise"
 )
 def test_what_a_user_should_know_of_the_steps_is_told(given, prompts, scheduler, message):
     options = Options.model_validate({"prompts": ["a"], "steps": 10, **given})
-    assert list(foretell_sampling(prompts, options, scheduler)) == ([] if message is None else [message])
+    assert list(foretell_sampling(prompts, options, scheduler, adds_noise(scheduler, 10))) == (
+        [] if message is None else [message]
+    )
 
 
 def test_the_scheduler_is_the_one_that_the_index_names(tmp_path):

@@ -96,8 +96,8 @@ class Calibration:
         self._seed = seed
         self._settings = sampling.Settings(options.steps, options.guidance, options.height, options.width)
         self._prompts = len(prompts)
-        noisy = adds_noise(pipeline.pipe.scheduler, options.steps)
-        self._stride = stride_of(options, self._prompts, noisy)
+        self._noisy = adds_noise(pipeline.pipe.scheduler, options.steps)
+        self._stride = stride_of(options, self._prompts, self._noisy)
         self._ranks = ranks
         if self._prompts < ranks.count:
             raise CompressorError(
@@ -126,7 +126,7 @@ class Calibration:
         self.facts = Facts(prompts=prompts, batch=options.batch)
         if prompts < options.samples and "samples" in options.model_fields_set:
             self.warn(f"calibration.samples asks for {options.samples} prompts and there are {prompts}; all were used")
-        for note in foretell_sampling(prompts, options, self._pipeline.pipe.scheduler):
+        for note in foretell_sampling(prompts, options, self._pipeline.pipe.scheduler, self._noisy):
             self.warn(note)
         slow = kernels.note(self._pipeline.device, self._pipeline.dtype)
         if slow is not None:

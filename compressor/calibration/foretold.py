@@ -15,15 +15,16 @@ from compressor.recipe import Calibration as Options
 from compressor.structure import Target, Trace
 
 
-def foretell_sampling(prompts: int, options: Options, scheduler: Any) -> Iterator[str]:
+def foretell_sampling(prompts: int, options: Options, scheduler: Any, noisy: bool | None) -> Iterator[str]:
     """Warnings of how prompts are sampled, as `plan` and `run` tell them.
 
     Args:
         prompts: how many.
         options: steps, stride and batch.
         scheduler: diffusers' own.
+        noisy: whether it adds noise; None if that is unknown.
     """
-    for note in (explain_stride(options, prompts, scheduler), explain_batches(options, prompts)):
+    for note in (explain_stride(options, prompts, scheduler, noisy), explain_batches(options, prompts)):
         if note is not None:
             yield note
 
@@ -56,9 +57,7 @@ def explain_batches(options: Options, prompts: int) -> str | None:
     batches = math.ceil(prompts / options.batch)
     if options.stride is None or batches >= options.stride:
         return None
-    seen = sum(step == 0 or step % options.stride < batches for step in range(options.steps))
-    if seen == options.steps:
-        return None
+    seen = sum(step % options.stride < batches for step in range(options.steps))
     return (
         f"calibration.stride: with {'a single batch' if batches == 1 else f'{batches} batches'} of prompts the network "
         f"runs at {seen} of {options.steps} steps and never at the others; a smaller calibration.batch would make more"

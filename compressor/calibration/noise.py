@@ -32,10 +32,9 @@ def adds_noise(scheduler: Any, steps: int) -> bool | None:
     return not torch.equal(first, second)
 
 
-def explain_stride(options: Options, prompts: int, scheduler: Any) -> str | None:
+def explain_stride(options: Options, prompts: int, scheduler: Any, noisy: bool | None) -> str | None:
     """A warning if the network runs at more steps than it would, or at fewer than it should, or None."""
-    stride, noisy = options.stride, adds_noise(scheduler, options.steps)
-    name = type(scheduler).__name__
+    stride, name = options.stride, type(scheduler).__name__
     if noisy is False or stride == 1:
         return None
     if noisy and stride is not None:
