@@ -243,7 +243,7 @@ def _plan_entry(
     forwards = 0
     given = recipe.calibration
     if entry.pruner.moments != "none" and given is not None:
-        packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory)
+        packages = cut(targets, seen, entry.pruner.moments, given.packages, given.memory, entry.pruner.workspace)
         runs = all_runs(given.steps, stride, math.ceil(texts / given.batch))
         forwards = entry.pruner.passes(len(packages)) * runs
         guided = sampling.guided(folder, given.guidance)

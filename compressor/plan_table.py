@@ -98,10 +98,11 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
     if entry.whole:
         lines.append(f"  kept whole: {', '.join(entry.whole)}")
     if entry.packages:
-        most = max(package.moment_bytes for package in entry.packages)
+        moments = max(package.moment_bytes for package in entry.packages)
+        most = max(package.moment_bytes + package.workspace for package in entry.packages)
         lines.append(
             f"  calibration: {several(plan.prompts, 'prompt')}, {several(len(entry.packages), 'package')} of at most "
-            f"{size(most)} of moments, {several(entry.forwards, 'forward')}"
+            f"{size(moments)} of moments, {size(most)} while layers are pruned, {several(entry.forwards, 'forward')}"
         )
     if layers:
         width = max(len(name) for name in (*(layer.name for layer in entry.layers), *entry.left_out))

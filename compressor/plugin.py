@@ -18,7 +18,7 @@ from compressor.options import Options
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compressor.calibration import Calibration
+    from compressor.calibration import Calibration, Package
     from compressor.pipeline import Folder, Pipeline
     from compressor.structure import Component, Group, Target
 
@@ -115,6 +115,17 @@ class Pruner(Options, ABC):
     def passes(self, packages: int) -> int:
         """How often calibration will sample all prompts, where the layers are cut into so many packages."""
         return packages
+
+    def workspace(self, unit: Package) -> int:
+        """The most bytes that pruning the layers of one unit takes beside their moments; 0 by default.
+
+        They count towards `calibration.memory`. A pruner that takes more, to prune several units at once, takes no more
+        than `Package.room` has.
+
+        Args:
+            unit: layers that run side by side and are never cut apart; their modules may be on the meta device.
+        """
+        return 0
 
     def removals(self, component: Component) -> Mapping[Group, int]:
         """How many heads or neurons will be removed, by group; nothing for a pruner that leaves every shape as it is.

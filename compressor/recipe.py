@@ -97,7 +97,8 @@ class Calibration(Options):
         description="into how many Module Packages the layers are cut; 4 if neither this nor memory is given",
     )
     memory: Bytes | None = Field(
-        default=None, description="instead of packages: the most that moments may take at a time, as 8GiB"
+        default=None,
+        description="instead of packages: the most that the moments of a package and what prunes it may take, as 8GiB",
     )
     compile: bool = Field(
         default=False,

@@ -67,7 +67,9 @@ def test_no_more_problems_are_solved_at_once_than_memory_is_meant_for(monkeypatc
     cpu = torch.device("cpu")
     for room, most in ((399, 1), (400, 1), (799, 1), (800, 2), (3999, 9)):
         monkeypatch.setattr(batch, "MOST_BYTES", room)
-        assert batch.most(100, cpu) == most
+        assert batch.most(100, cpu, None) == most
+    for room, most in ((-1, 1), (399, 1), (800, 2), (3999, 9), (4000, 9)):
+        assert batch.most(100, cpu, room) == most
 
 
 CUDA = torch.device("cuda", 0)

@@ -12,7 +12,7 @@ from compressor_obs_diff import OBSDiff
 from compressor_obs_diff.weightings import LogDecrease, Uniform
 from torch import Tensor, nn
 
-from compressor.calibration import Moments, StepCounter, sampling
+from compressor.calibration import Gradients, Moments, StepCounter, sampling
 from compressor.calibration.foretold import explain_rank
 from compressor.calibration.packages import Package, cut
 from compressor.errors import CompressorError
@@ -520,9 +520,40 @@ def test_memory_too_small_for_one_unit_is_refused_by_name():
     with pytest.raises(CompressorError) as caught:
         cut_sd3("second", None, 33_791)
     assert str(caught.value) == (
-        "calibration.memory: should be at least 33,792 bytes, which the moments of transformer_blocks.0.ff.net.2 and "
-        "the layers beside it need, found 33,791"
+        "calibration.memory: should be at least 33,792 bytes: transformer_blocks.0.ff.net.2 and the layers beside it "
+        "need 33,792 for their moments; found 33,791"
     )
+
+
+def test_memory_is_for_what_prunes_a_unit_as_well():
+    small, large = 4 * 16 * 18, 4 * 64 * 66  # the moments of an input
+    targets, trace = sd3()
+
+    def workspace(unit: Package) -> int:
+        return 1000 * unit.groups[0].inputs
+
+    memory = 6 * small + 2 * large + 64_000
+    packages = cut(targets, trace, "second", None, memory, workspace)
+    assert names(packages) == [run_of_units(0, 4), run_of_units(4, 8)]
+    assert [(package.memory, package.workspace) for package in packages] == [(memory, 64_000)] * 2
+    packages = cut(targets, trace, "second", None, memory - 1, workspace)
+    assert names(packages) == [run_of_units(0, 3), run_of_units(3, 7), run_of_units(7, 8)]
+    with pytest.raises(CompressorError) as caught:
+        cut(targets, trace, "second", None, 97_791, workspace)
+    assert str(caught.value) == (
+        "calibration.memory: should be at least 97,792 bytes: transformer_blocks.0.ff.net.2 and the layers beside it "
+        "need 33,792 for their moments and 64,000 to be pruned; found 97,791"
+    )
+
+
+def test_a_package_knows_what_its_memory_has_room_for_beside_the_moments_that_are_held():
+    (package,) = cut_sd3("second", 1, None)
+    moments = {"a": Moments.empty(16, True, torch.device("cpu")), "b": Moments.empty(64, False, torch.device("cpu"))}
+    moments["b"].gradients["c"] = Gradients.empty(8, torch.device("cpu"))
+    assert package.room(moments) is None
+    held = 4 * 16 * 18 + 4 * 2 * 64 + 4 * 64
+    assert dataclasses.replace(package, memory=held + 5).room(moments) == 5
+    assert dataclasses.replace(package, memory=1).room({}) == 1
 
 
 def test_few_layers_make_fewer_packages_where_none_are_asked_for():

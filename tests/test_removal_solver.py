@@ -370,11 +370,12 @@ def test_a_gpu_solves_as_many_together_as_half_of_its_memory_holds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * gib)
     gpu = torch.device("cuda:0")
-    assert removal.fitting_together(6144, 1, gpu) == 17 == 30 * gib // (6 * 8 * 6144**2)
-    assert removal.fitting_together(6144, 2, gpu) == 8
-    assert removal.fitting_together(1536, 2, gpu) == removal.MOST
-    assert removal.fitting_together(10**5, 1, gpu) == 1
-    assert removal.fitting_together(64, 1, torch.device("cpu")) == 1
+    assert removal.fitting_together(gib, gpu, None) == 30
+    assert removal.fitting_together(2 * gib + 1, gpu, None) == 14
+    assert removal.fitting_together(gib // 8, gpu, None) == removal.MOST
+    assert removal.fitting_together(50 * gib, gpu, None) == 1
+    assert [removal.fitting_together(gib, gpu, room * gib) for room in (-1, 1, 7, 50)] == [1, 1, 7, 30]
+    assert removal.fitting_together(64, torch.device("cpu"), None) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- edges

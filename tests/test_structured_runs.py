@@ -16,7 +16,7 @@ from compressor_obs_diff.weightings import Uniform
 from safetensors.torch import load_file
 
 from compressor import checkpoint, plan_table, prompts, report
-from compressor.calibration import Calibration
+from compressor.calibration import Calibration, Package
 from compressor.compare import compare
 from compressor.errors import CompressorError
 from compressor.plan import plan
@@ -198,7 +198,7 @@ def solved(
     """What the pruner yields, and what it weighs beforehand, if so many problems may be solved together."""
     together: list[int] = []
     remove_together = groups.remove_together
-    monkeypatch.setattr(groups, "fitting_together", lambda inputs, streams, device: most)
+    monkeypatch.setattr(groups, "fitting_together", lambda bytes_of_each, device, room: most)
     monkeypatch.setattr(
         groups,
         "remove_together",
@@ -241,13 +241,13 @@ def test_solved_together_layers_are_as_solved_alone(kind, monkeypatch):
 
 
 def test_what_is_solved_together_has_one_shape_and_loses_similar_numbers(monkeypatch):
-    monkeypatch.setattr(groups, "fitting_together", lambda inputs, streams, device: 3)
+    monkeypatch.setattr(groups, "fitting_together", lambda bytes_of_each, device, room: 3)
     loaded = tiny.load("sd3")
     neurons = [group for group in find_groups(loaded.module, loaded.family) if group.kind == "neurons"]
     heads = [group for group in find_groups(loaded.module, loaded.family) if group.kind == "heads"]
     found = [[group] for group in (*neurons * 2, *heads)]
     counts = dict(zip((*neurons, *heads), (9, 3, 5, 1, 1), strict=True))
-    batches = list(groups.batches(found, counts))
+    batches = list(groups.batches(found, counts, Package(1, 1, (), 0), {}))
     of_neurons = [[counts[group] for (group,) in batch] for batch in batches if batch[0][0].kind == "neurons"]
     assert of_neurons == [[3, 3, 5], [5, 9, 9]]
     assert all(len({(group.kind, len(group.consumers)) for (group,) in batch}) == 1 for batch in batches)

@@ -14,7 +14,7 @@ from compressor.bench.networks import free_memory
 from compressor.bench.prune_table import ForwardRow
 from compressor.bench.timing import in_turns
 from compressor.calibration import replay
-from compressor.calibration.packages import cut
+from compressor.calibration.packages import Package, cut
 from compressor.calibration.replay import Replay
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
@@ -124,14 +124,14 @@ class Forwards:
     def _loads(self) -> dict[str, Load]:
         """Kinds of forwards, by name; pruners that ask for the same moments of the same layers share theirs."""
         found: dict[str, Load] = {}
-        alike: dict[tuple[MomentKind, tuple[str, ...]], list[int]] = {}
+        alike: dict[tuple[MomentKind, tuple[Package, ...]], list[int]] = {}
         for i, entry in enumerate(self.network.entries):
             if entry.pruner.moments != "none":
-                key = entry.pruner.moments, tuple(target.name for target in entry.calibrated)
-                alike.setdefault(key, []).append(i)
-        for (kind, _), places in alike.items():
+                kind, workspace = entry.pruner.moments, entry.pruner.workspace
+                cuts = packages(self.network.subject, self.network.seen, entry.calibrated, kind, workspace)
+                alike.setdefault((kind, cuts), []).append(i)
+        for (kind, cuts), places in alike.items():
             entry = self.network.entries[places[0]]
-            cuts = packages(self.network.subject, self.network.seen, entry.calibrated, kind)
             (whole,) = cut(entry.calibrated, self.network.seen, kind, 1, None)
             what = ", ".join(self.network.subject.cases[i] for i in places)
             loads = {

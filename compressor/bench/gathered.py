@@ -17,7 +17,7 @@ from compressor.calibration import Moments, Package, StepCounter, gathering, rep
 from compressor.calibration.calls import Calls
 from compressor.calibration.compiled import Blocks
 from compressor.calibration.gradients import Differentiated
-from compressor.calibration.packages import cut
+from compressor.calibration.packages import Workspace, cut
 from compressor.calibration.replay import Replay
 from compressor.calibration.strides import Strides
 from compressor.calibration.timing import Meter
@@ -119,7 +119,9 @@ class Network:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
-def packages(subject: Subject, seen: Trace, targets: Sequence[Target], kind: MomentKind) -> tuple[Package, ...]:
-    """Those that a recipe cuts layers into, for moments of that kind."""
+def packages(
+    subject: Subject, seen: Trace, targets: Sequence[Target], kind: MomentKind, workspace: Workspace
+) -> tuple[Package, ...]:
+    """Those that a recipe cuts layers into, for moments of that kind and a pruner that takes so much beside them."""
     given = subject.calibration
-    return cut(targets, seen, kind, given.packages, given.memory)
+    return cut(targets, seen, kind, given.packages, given.memory, workspace)

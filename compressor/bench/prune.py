@@ -89,7 +89,7 @@ def _plan(subject: Subject) -> Trace:
     seen = trace(twin, subject.family, height=subject.height, width=subject.width, sequence=subject.model.tokens)
     for entry in enter(subject.recipe, "network", twin, subject.family, seen):
         if entry.pruner.moments != "none":
-            packages(subject, seen, entry.calibrated, entry.pruner.moments)
+            packages(subject, seen, entry.calibrated, entry.pruner.moments, entry.pruner.workspace)
     return seen
 
 

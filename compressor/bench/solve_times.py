@@ -10,6 +10,7 @@ from compressor.bench.gathered import Load, Network, packages
 from compressor.bench.networks import free_memory
 from compressor.bench.prune_table import Case, SolveRow
 from compressor.calibration import Calibration, Moments, Package
+from compressor.calibration.packages import Workspace, no_workspace
 from compressor.entries import Entry
 from compressor.plugin import MomentKind, Removed, Weighting
 from compressor.progress import Progress
@@ -26,9 +27,16 @@ class Source:
         self.seconds = 0.0
         self.bytes = 0
 
-    def packages(self, targets: Sequence[Target], kind: MomentKind, *, deal_out: bool = False) -> tuple[Package, ...]:
+    def packages(
+        self,
+        targets: Sequence[Target],
+        kind: MomentKind,
+        workspace: Workspace = no_workspace,
+        *,
+        deal_out: bool = False,
+    ) -> tuple[Package, ...]:
         """As the recipe says, for one process."""
-        return packages(self._network.subject, self._network.seen, targets, kind)
+        return packages(self._network.subject, self._network.seen, targets, kind, workspace)
 
     def collect(self, package: Package, kind: MomentKind, _weighting: Weighting) -> dict[str, Moments]:
         """Of one forward."""

@@ -20,7 +20,7 @@ from compressor.calibration.foretold import foretell, foretell_sampling
 from compressor.calibration.gradients import Differentiated
 from compressor.calibration.moments import Moments
 from compressor.calibration.noise import adds_noise
-from compressor.calibration.packages import Group, Package, cut, deal
+from compressor.calibration.packages import Group, Package, Workspace, cut, deal, no_workspace
 from compressor.calibration.replay import Replay
 from compressor.calibration.steps import StepCounter
 from compressor.calibration.strides import Strides, first_runs, mean_runs, stride_of
@@ -145,12 +145,20 @@ class Calibration:
                 "nothing to sample; a smaller calibration.batch would give all of them some"
             )
 
-    def packages(self, targets: Iterable[Target], kind: MomentKind, *, deal_out: bool = False) -> tuple[Package, ...]:
+    def packages(
+        self,
+        targets: Iterable[Target],
+        kind: MomentKind,
+        workspace: Workspace = no_workspace,
+        *,
+        deal_out: bool = False,
+    ) -> tuple[Package, ...]:
         """Cuts layers into packages as the recipe says, and warns of those that will see too few tokens.
 
         Args:
             targets: in order of execution.
             kind: which moments will be collected.
+            workspace: that of the pruner, if it has one: it counts towards the recipe's `memory`.
             deal_out: where several processes share the job, each is given layers of its own in every package; a pruner
                 may ask for it that looks at one unit of layers at a time. Else each prunes all, as rank 0 does.
 
@@ -158,7 +166,7 @@ class Calibration:
             CompressorError: if they cannot be cut so.
         """
         targets = tuple(targets)
-        packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory)
+        packages = cut(targets, self._trace, kind, self._options.packages, self._options.memory, workspace)
         self.owners = {}
         guided = sampling.guided(self._pipeline.folder, self._options.guidance)
         for note in foretell(targets, self._trace, kind, self._prompts, guided, self._options, self._stride):

@@ -46,6 +46,12 @@ class Moments:
     gradients: dict[str, Gradients] = field(default_factory=dict)
     halved: bool = False
 
+    @property
+    def bytes(self) -> int:
+        """What all sums take."""
+        large = (self.second_II, *(found.second_BKK for found in self.gradients.values()))
+        return sum(x.nbytes for x in (self.squares_I, self.total_I, *large) if x is not None)
+
     @classmethod
     def empty(cls, inputs: int, second: bool, device: torch.device) -> Moments:
         """Sums of nothing for an input of that width."""

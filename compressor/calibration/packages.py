@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING
 
 from compressor.calibration.curvature import blocks_of
 from compressor.errors import CompressorError
 from compressor.plugin import MomentKind
 from compressor.structure import Target, Trace
+
+if TYPE_CHECKING:
+    from compressor.calibration.moments import Moments
 
 PACKAGES = 4
 """Into how many packages the layers are cut where the recipe says nothing, as in the paper."""
@@ -42,6 +46,8 @@ class Package:
         count: of how many packages.
         groups: in order of execution.
         moment_bytes: what the moments of all groups take together.
+        memory: the most bytes that these and what prunes the layers may take together; None if the recipe does not say.
+        workspace: what pruning those layers takes that need most, of those that run side by side.
         every: where several processes share the layers, the groups of all of them; `groups` are this one's.
         owners: the rank that prunes each of these.
     """
@@ -50,12 +56,32 @@ class Package:
     count: int
     groups: tuple[Group, ...]
     moment_bytes: int
+    memory: int | None = None
+    workspace: int = 0
     every: tuple[Group, ...] = ()
     owners: tuple[int, ...] = ()
 
+    def room(self, moments: Mapping[str, Moments]) -> int | None:
+        """The bytes that are left for pruning layers beside the moments that are still held; None for no bound."""
+        return None if self.memory is None else self.memory - sum(found.bytes for found in moments.values())
+
+
+Workspace = Callable[[Package], int]
+"""`Pruner.workspace`."""
+
+
+def no_workspace(unit: Package) -> int:
+    """Of a pruner that takes none worth counting."""
+    return 0
+
 
 def cut(
-    targets: Iterable[Target], trace: Trace, kind: MomentKind, packages: int | None, memory: int | None
+    targets: Iterable[Target],
+    trace: Trace,
+    kind: MomentKind,
+    packages: int | None,
+    memory: int | None,
+    workspace: Workspace = no_workspace,
 ) -> tuple[Package, ...]:
     """Cuts the layers, in units that run side by side, into contiguous packages.
 
@@ -65,44 +91,52 @@ def cut(
         kind: which moments are to be gathered.
         packages: how many packages of as equal a number of units as can be; if this and memory are None, 4, or one a
             unit where there are fewer.
-        memory: instead: the most bytes that a package's moments may take.
+        memory: instead: the most bytes that a package's moments may take, together with what prunes one unit of it.
+        workspace: what pruning a unit takes.
 
     Raises:
         CompressorError: if there are fewer units than packages, or one unit alone exceeds the memory.
     """
-    units: dict[tuple[str, int], list[Target]] = {}
+    found: dict[tuple[str, int], list[Target]] = {}
     for target in targets:
-        units.setdefault(target.unit, []).append(target)
-    parts = list(units.values())
+        found.setdefault(target.unit, []).append(target)
+    units = list(found.values())
+    beside = [workspace(Package(1, 1, _group(unit, trace), _bytes(unit, trace, kind), memory)) for unit in units]
     if memory is None:
-        packages = min(PACKAGES, len(parts)) if packages is None else packages
-        if packages > len(parts):
+        packages = min(PACKAGES, len(units)) if packages is None else packages
+        if packages > len(units):
             raise CompressorError(
-                f"calibration.packages: should be at most {len(parts)}, the number of units of layers that run side "
+                f"calibration.packages: should be at most {len(units)}, the number of units of layers that run side "
                 f"by side, found {packages}"
             )
-        bounds = [round(i * len(parts) / packages) for i in range(packages + 1)]
-        runs = [[target for part in parts[a:b] for target in part] for a, b in pairwise(bounds)]
+        bounds = [round(i * len(units) / packages) for i in range(packages + 1)]
     else:
-        runs = _cut_by_memory(parts, trace, kind, memory)
+        bounds = _bounds(units, beside, lambda run: _bytes(run, trace, kind), memory)
+    runs = [(list(chain(*units[start:stop])), max(beside[start:stop])) for start, stop in pairwise(bounds)]
     return tuple(
-        Package(i, len(runs), _group(run, trace), _bytes(run, trace, kind)) for i, run in enumerate(runs, start=1)
+        Package(i, len(runs), _group(run, trace), _bytes(run, trace, kind), memory, most)
+        for i, (run, most) in enumerate(runs, start=1)
     )
 
 
-def _cut_by_memory(parts: list[list[Target]], trace: Trace, kind: MomentKind, memory: int) -> list[list[Target]]:
-    runs: list[list[Target]] = [[]]
-    for part in parts:
-        alone = _bytes(part, trace, kind)
-        if alone > memory:
-            raise CompressorError(
-                f"calibration.memory: should be at least {alone:,} bytes, which the moments of {part[0].name} and "
-                f"the layers beside it need, found {memory:,}"
-            )
-        if runs[-1] and _bytes(runs[-1] + part, trace, kind) > memory:
-            runs.append([])
-        runs[-1] = runs[-1] + part
-    return runs
+def _bounds(
+    units: list[list[Target]], beside: list[int], moments: Callable[[list[Target]], int], memory: int
+) -> list[int]:
+    """Where packages begin that hold as many units as fit, and where the last one ends."""
+    needs = [moments(unit) + more for unit, more in zip(units, beside, strict=True)]
+    largest = needs.index(max(needs))
+    if needs[largest] > memory:
+        pruning = f" and {beside[largest]:,} to be pruned" if beside[largest] else ""
+        raise CompressorError(
+            f"calibration.memory: should be at least {needs[largest]:,} bytes: {units[largest][0].name} and the layers "
+            f"beside it need {moments(units[largest]):,} for their moments{pruning}; found {memory:,}"
+        )
+    bounds = [0]
+    for stop in range(1, len(units) + 1):
+        start = bounds[-1]
+        if moments(list(chain(*units[start:stop]))) + max(beside[start:stop]) > memory:
+            bounds.append(stop - 1)
+    return [*bounds, len(units)]
 
 
 def _group(targets: list[Target], trace: Trace) -> tuple[Group, ...]:

@@ -23,7 +23,7 @@ from compressor.plugin import (
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
-    from compressor.calibration import Calibration, Moments
+    from compressor.calibration import Calibration, Moments, Package
     from compressor.structure import Component, Group, Target
 
 
@@ -132,6 +132,14 @@ class OBSDiff(Pruner):
         most = math.floor((self.sparsity + self.spread) * weights + 1e-6)
         return min(least, zeros), max(most, zeros)
 
+    def workspace(self, unit: Package) -> int:
+        """What the largest problem takes; where heads or neurons leave, of all layers that may be one problem."""
+        from compressor_obs_diff import layers, removal
+
+        if isinstance(self.granularity, Elementwise):
+            return layers.workspace(self, unit.groups)
+        return sum(removal.bytes_of(target.outputs, target.inputs) for group in unit.groups for target in group.targets)
+
     def passes(self, packages: int) -> int:
         """With a spread, all packages are calibrated on the dense network first; the first one is not done again."""
         return 2 * packages - 1 if self.spread else packages
@@ -173,7 +181,9 @@ class OBSDiff(Pruner):
         planned = self.removals(component)
         choices = {group: self.choices(group, count) for group, count in planned.items()}
         choices = {group: numbers for group, numbers in choices.items() if numbers[-1]}
-        packages = calibration.packages(consumers(choices) or component.targets, self.moments, deal_out=True)
+        packages = calibration.packages(
+            consumers(choices) or component.targets, self.moments, self.workspace, deal_out=True
+        )
         removals = {group: planned[group] for group in choices}
         if isinstance(self.granularity, Elementwise):
             slow = batch.note(self.solver, self.granularity, next(component.module.parameters()).device)

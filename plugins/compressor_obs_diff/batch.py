@@ -45,10 +45,16 @@ def note(solver: str, granularity: Elementwise, device: torch.device) -> str | N
     return f"{slow}, which costs a GPU many times as much as by kernels: {why}"
 
 
-def most(numbers: int, device: torch.device) -> int:
-    """How many problems are solved at once, by the float32 numbers that one of them needs."""
+def most(numbers: int, device: torch.device, room: int | None) -> int:
+    """How many problems are solved at once, by the float32 numbers that one of them needs; at least one.
+
+    Args:
+        numbers: of each problem.
+        device: its moments'.
+        room: the bytes that the recipe leaves for all of them together; None for no bound.
+    """
     free = FREE * free_bytes(device) if device.type == "cuda" else MOST_BYTES
-    return max(1, int(min(MOST_BYTES, free) / (4 * numbers)))
+    return max(1, int(min(MOST_BYTES, free, MOST_BYTES if room is None else room) / (4 * numbers)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -70,7 +70,7 @@ def curves(
     here = [[group] for group in choices if group.consumers[0].name in inputs]
     most = {group: numbers[-1] for group, numbers in choices.items()}
     harms: dict[Group, tuple[float, ...]] = {}
-    for batch in batches(here, most):
+    for batch in batches(here, most, package, moments):
         alike: dict[Fusion, list[tuple[Group, list[Stream]]]] = {}
         for (group,) in batch:
             streams = streams_of(options, group.consumers, inputs, moments)

@@ -16,7 +16,15 @@ from torch import Tensor
 from compressor.plugin import LayerResult, Removed
 from compressor_obs_diff.greedy import Fusion
 from compressor_obs_diff.metric import INDEPENDENT, slopes_of
-from compressor_obs_diff.removal import Problem, Refit, Stream, fitting_together, refit_together, remove_together
+from compressor_obs_diff.removal import (
+    Problem,
+    Refit,
+    Stream,
+    bytes_of,
+    fitting_together,
+    refit_together,
+    remove_together,
+)
 from compressor_obs_diff.solver import explain_damping
 
 if TYPE_CHECKING:
@@ -68,7 +76,7 @@ def prune_groups(
     for group in removals:
         if group.consumers[0].name in inputs:
             together.setdefault(tuple(target.name for target in group.consumers), []).append(group)
-    for batch in batches(list(together.values()), removals):
+    for batch in batches(list(together.values()), removals, package, moments):
         start = time.perf_counter()
         jobs = [_begin(groups, streams_of(options, groups[0].consumers, inputs, moments)) for groups in batch]
         _solve(options, jobs, removals)
@@ -90,13 +98,17 @@ def prune_groups(
                 yield LayerResult(target.name, fitted.error, fitted.damping, seconds, notes)
 
 
-def batches(found: Sequence[Sequence[Group]], counts: Mapping[Group, int]) -> Iterator[list[Sequence[Group]]]:
+def batches(
+    found: Sequence[Sequence[Group]], counts: Mapping[Group, int], package: Package, moments: Mapping[str, Moments]
+) -> Iterator[list[Sequence[Group]]]:
     """What is solved together: what has one shape, as much as fits.
 
     Args:
         found: groups by those who read them.
         counts: how many heads or neurons leave, by group. Similar ones come together, since all that is solved together
             takes as long as the most.
+        package: tells what room there is.
+        moments: those that are still held, whenever a batch is asked for.
     """
     alike: dict[object, list[Sequence[Group]]] = {}
     for groups in found:
@@ -107,7 +119,8 @@ def batches(found: Sequence[Sequence[Group]], counts: Mapping[Group, int]) -> It
         readers = members[0][0].consumers
         members.sort(key=lambda groups: [counts[group] for group in groups])
         while members:
-            most = fitting_together(readers[0].inputs, len(readers), readers[0].module.weight.device)
+            needs = sum(bytes_of(target.outputs, target.inputs) for target in readers)
+            most = fitting_together(needs, readers[0].module.weight.device, package.room(moments))
             number = -(-len(members) // -(-len(members) // most))  # of batches as equal as can be
             yield members[:number]
             del members[:number]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compressor.calibration.curvature import blocks_of
 from compressor.plugin import Elementwise, LayerResult
 from compressor_obs_diff import admm, batch
 from compressor_obs_diff.least_squares import fit
@@ -70,7 +71,7 @@ def prune_package(
     """
     parts = [part for group in package.groups for part in _parts(options, group)]
     left = Counter(part.name for part in parts)
-    for chunk in _chunks(options, parts, moments):
+    for chunk in _chunks(options, parts, package, moments):
         results = _solve(options, chunk, [moments[part.name] for part in chunk], zeros)
         left.subtract(part.name for part in chunk)
         for part in chunk:
@@ -99,36 +100,52 @@ def _parts(options: OBSDiff, group: Group) -> Iterator[Group]:
         yield replace(group, targets=tuple(together))
 
 
-def _chunks(options: OBSDiff, parts: Sequence[Group], moments: Mapping[str, Moments]) -> Iterator[Sequence[Group]]:
-    """What is solved at once: on a GPU parts of equal shape, as many as memory is meant for; else each by itself."""
-    alike: dict[object, list[Group]] = {}
-    for place, part in enumerate(parts):
-        device = moments[part.name].total_I.device
-        shape = (part.inputs, *(target.outputs for target in part.targets))
-        alike.setdefault((device, shape) if batch.pays(device) else place, []).append(part)
-    for same in alike.values():
-        gathered = moments[same[0].name]
-        most = batch.most(_numbers(options, same[0], gathered), gathered.total_I.device)
-        size = -(-len(same) // -(-len(same) // most))  # as equal as can be
-        for start in range(0, len(same), size):
-            yield same[start : start + size]
+def _chunks(
+    options: OBSDiff, parts: Sequence[Group], package: Package, moments: Mapping[str, Moments]
+) -> Iterator[Sequence[Group]]:
+    """What is solved at once: on a GPU parts of equal shape, as many as memory is meant for; else each by itself.
+
+    The smallest come first, so that the others have the memory of their moments, too.
+    """
+    if not parts:
+        return
+    device = moments[parts[0].name].total_I.device
+    if not batch.pays(device):
+        yield from ([part] for part in parts)
+        return
+    alike: dict[tuple[int, ...], list[Group]] = {}
+    for part in parts:
+        alike.setdefault((part.inputs, *(target.outputs for target in part.targets)), []).append(part)
+    for same in sorted(alike.values(), key=lambda same: _numbers(options, same[0])):
+        numbers = _numbers(options, same[0])
+        while same:
+            most = batch.most(numbers, device, package.room(moments))
+            size = -(-len(same) // -(-len(same) // most))  # as equal as can be
+            yield same[:size]
+            del same[:size]
 
 
-def _numbers(options: OBSDiff, part: Group, gathered: Moments) -> int:
+def workspace(options: OBSDiff, groups: Iterable[Group]) -> int:
+    """The most bytes that solving one of them takes beside the moments, by itself."""
+    return max(4 * _numbers(options, part) for group in groups for part in _parts(options, group))
+
+
+def _numbers(options: OBSDiff, part: Group) -> int:
     """How many float32 numbers a problem needs at the most, its moments aside."""
-    squares, copies, metric = 3, 4, 0
-    if options.solver == "admm" or options.refit:
-        # A, it in halves, its inverse in the making; B, what differs from it, its halves and the like
-        squares, copies = 6, 12
+    square, weights = part.inputs**2, part.inputs * sum(target.outputs for target in part.targets)
+    if options.solver == "obs" and not options.refit:
+        # The inverse in the making, then U; the weights, old, new, as stored, and on their way to the error
+        return square + max(2 * square + weights, 7 * weights)
+    # A, it in halves, its inverse in the making; B, what differs from it, its halves and the like
+    squares, copies, metric = 6, 13, 0
     if options.solver == "admm":
         levels = 2  # of rho, one of which is in the making
         if options.objective == "network":
             levels = admm.MOST - admm.LEAST + 1
             # K, its eigenvectors, and all of them in halves
-            metric = 10 * sum(gathered.gradients[target.name].second_BKK.numel() for target in part.targets)
+            metric = 10 * sum(target.outputs * blocks_of(target.outputs)[1] for target in part.targets)
         squares += -(-3 * levels // 2)
-    outputs = sum(target.outputs for target in part.targets)
-    return squares * part.inputs**2 + copies * part.inputs * outputs + metric
+    return squares * square + copies * weights + metric
 
 
 def _solve(

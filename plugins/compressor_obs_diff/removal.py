@@ -26,7 +26,6 @@ from compressor_obs_diff.triangular import inverse_factor
 
 MOST = 48  # problems solved together on a GPU
 SHARE = 0.5  # of the memory that is free there, for them
-SQUARES = 6  # I x I float64 a stream, at the most
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def remove_greedily(
     """Removes `count` groups one after the other, each time the cheapest, and refits each stream to the rest.
 
     Per stream O(I^3) operations for the inversion and the refit, and for a removal of D inputs O(D I (PANEL + I)),
-    where the part in I^2 is a matrix product. All in float64; memory: six I x I.
+    where the part in I^2 is a matrix product. All in float64; memory: five I x I and two O x I.
 
     Args:
         streams: at least one; all are given up the same groups. Not changed.
@@ -146,7 +145,7 @@ def remove_together(
     first: counts should be near each other.
 
     Args:
-        problems: with the same numbers of streams and of inputs. Memory: six I x I float64 for each stream of each.
+        problems: with the same numbers of streams and of inputs. Memory: `bytes_of` each stream of each.
         groups_GD: as in `remove_greedily`, the same for all.
         damping: as there.
         fusion: as there.
@@ -227,14 +226,21 @@ def refit_together(
     return systems.refits(parts)
 
 
-def fitting_together(inputs: int, streams: int, device: torch.device) -> int:
-    """How many problems of so many inputs and streams should be solved together: on a CPU one, which is no slower.
+def fitting_together(bytes_of_each: int, device: torch.device, room: int | None) -> int:
+    """How many problems that take so much should be solved together: on a CPU one, which is no slower.
 
-    On a GPU as many as half of the memory that is free holds, up to 48, and at least one.
+    On a GPU as many as half of the memory that is free holds, and the bytes that the recipe leaves for all of them, if
+    it has a bound; up to 48, and at least one.
     """
     if device.type != "cuda":
         return 1
-    return min(max(int(SHARE * free_bytes(device)) // (SQUARES * 8 * inputs**2 * streams), 1), MOST)
+    free = int(SHARE * free_bytes(device))
+    return min(max(min(free, free if room is None else room) // bytes_of_each, 1), MOST)
+
+
+def bytes_of(outputs: int, inputs: int) -> int:
+    """The most that one stream of a problem takes while it is solved: float64 squares, and weights."""
+    return 8 * (5 * inputs**2 + 2 * outputs * inputs)
 
 
 def _order(

@@ -54,12 +54,12 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
     mean = hessian_II.diagonal().mean()
     check_inputs(mean, name)
     for dtype in (torch.float32, torch.float64):
-        reversed_II = hessian_II.flip(0, 1).to(dtype)
         scale = damping
         while scale <= MOST_DAMPING:
-            damped_II = reversed_II.clone()
+            damped_II = hessian_II.flip(0, 1).to(dtype)
             damped_II.diagonal().add_(scale * mean.to(dtype))
             inverse_II, info = inverse_factor(damped_II)
+            del damped_II
             if (info == 0) & torch.isfinite(inverse_II).all():
                 return Factor(inverse_II.flip(0, 1).float().contiguous(), scale, dtype)
             scale *= 10

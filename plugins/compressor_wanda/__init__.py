@@ -17,8 +17,11 @@ from compressor.plugin import Elementwise, LayerResult, MomentKind, Pruner, Weig
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
-    from compressor.calibration import Calibration
+    from compressor.calibration import Calibration, Package
     from compressor.structure import Component, Target
+
+SORTED = 40
+"""Bytes a weight that putting scores in order takes on a GPU; 37 were measured of rows of 15360, 17 of 1536."""
 
 
 class Wanda(Pruner):
@@ -63,10 +66,14 @@ class Wanda(Pruner):
         """Whether the zeros lie where the granularity wants them."""
         return self.granularity.holds(target.module.weight)
 
+    def workspace(self, unit: Package) -> int:
+        """The scores of the largest layer, in order."""
+        return max(SORTED * target.outputs * target.inputs for group in unit.groups for target in group.targets)
+
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""
         assert calibration is not None
-        for package in calibration.packages(component.targets, self.moments, deal_out=True):
+        for package in calibration.packages(component.targets, self.moments, self.workspace, deal_out=True):
             moments = calibration.collect(package, self.moments, self.weighting)
             for group in package.groups:
                 norm_I = moments.pop(group.name).squares_I.sqrt()
