@@ -23,7 +23,11 @@ def as_json(plan: Plan) -> str:
             "shares": entry.shares,
             "whole": entry.whole,
             "packages": [
-                {"layers": [t.name for g in package.groups for t in g.targets], "moment_bytes": package.moment_bytes}
+                {
+                    "layers": [t.name for g in package.groups for t in g.targets],
+                    "moment_bytes": package.moment_bytes,
+                    "workspace": package.workspace,
+                }
                 for package in entry.packages
             ],
             "forwards": entry.forwards,
@@ -99,10 +103,11 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
         lines.append(f"  kept whole: {', '.join(entry.whole)}")
     if entry.packages:
         moments = max(package.moment_bytes for package in entry.packages)
-        most = max(package.moment_bytes + package.workspace for package in entry.packages)
+        beside = max(package.workspace for package in entry.packages)
         lines.append(
             f"  calibration: {several(plan.prompts, 'prompt')}, {several(len(entry.packages), 'package')} of at most "
-            f"{size(moments)} of moments, {size(most)} while layers are pruned, {several(entry.forwards, 'forward')}"
+            f"{size(moments)} of moments, pruning them at least {size(beside)} more, "
+            f"{several(entry.forwards, 'forward')}"
         )
     if layers:
         width = max(len(name) for name in (*(layer.name for layer in entry.layers), *entry.left_out))

@@ -18,7 +18,8 @@ from compressor.options import Options
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compressor.calibration import Calibration, Package
+    from compressor import calibration
+    from compressor.calibration import Calibration
     from compressor.pipeline import Folder, Pipeline
     from compressor.structure import Component, Group, Target
 
@@ -116,14 +117,14 @@ class Pruner(Options, ABC):
         """How often calibration will sample all prompts, where the layers are cut into so many packages."""
         return packages
 
-    def workspace(self, unit: Package) -> int:
-        """The most bytes that pruning the layers of one unit takes beside their moments; 0 by default.
+    def workspace(self, groups: Sequence[calibration.Group]) -> int:
+        """The most bytes that pruning takes at any time beside the moments of a package; 0 by default.
 
-        They count towards `calibration.memory`. A pruner that takes more, to prune several units at once, takes no more
-        than `Package.room` has.
+        They count towards `calibration.memory`. A pruner that could take more, to do several layers at once, takes no
+        more than `Package.room` has.
 
         Args:
-            unit: layers that run side by side and are never cut apart; their modules may be on the meta device.
+            groups: the layers of a package, by the input they share; their modules may be on the meta device.
         """
         return 0
 

@@ -19,6 +19,7 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self._before = {x.untyped_storage()._cdata for x in before}
         self._found: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._total = 0  # of those, some of which may be gone
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -26,9 +27,13 @@ class _Live(TorchDispatchMode):
         for x in _pytree.tree_leaves(result):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._before:
                 storage = x.untyped_storage()
+                _, before = self._found.pop(storage._cdata, (None, 0))
                 self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._found = {key: each for key, each in self._found.items() if not each[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self._found.values()))
+                self._total += storage.nbytes() - before
+        if self._total > self.most:
+            self._found = {key: each for key, each in self._found.items() if not each[0].expired()}
+            self._total = sum(size for _, size in self._found.values())
+            self.most = max(self.most, self._total)
         return result
 
 

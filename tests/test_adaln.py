@@ -99,7 +99,7 @@ def fed(loaded: Pipeline, texts: tuple[str, ...], steps: int) -> Tensor:
     store: list[Tensor] = []
     handle = tiny.record_inputs(first.module, store)
     calibration = tiny.calibrate(loaded, texts, steps=steps, packages=1)
-    (package,) = calibration.packages(loaded.targets[:1], "norms")
+    (package,) = calibration.packages(loaded.targets[:1], "norms", tiny.no_workspace)
     calibration.collect(package, "norms", OBSDiff(sparsity=0.5).weighting)
     handle.remove()
     return torch.cat(store)

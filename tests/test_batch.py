@@ -65,10 +65,10 @@ def test_one_that_cannot_be_factorised_is_named():
 
 def test_no_more_problems_are_solved_at_once_than_memory_is_meant_for(monkeypatch):
     cpu = torch.device("cpu")
-    for room, most in ((399, 1), (400, 1), (799, 1), (800, 2), (3999, 9)):
+    for room, most in ((99, 1), (100, 1), (199, 1), (200, 2), (999, 9)):
         monkeypatch.setattr(batch, "MOST_BYTES", room)
         assert batch.most(100, cpu, None) == most
-    for room, most in ((-1, 1), (399, 1), (800, 2), (3999, 9), (4000, 9)):
+    for room, most in ((-1, 1), (99, 1), (200, 2), (899, 8), (999, 9), (1000, 9)):
         assert batch.most(100, cpu, room) == most
 
 

@@ -100,7 +100,7 @@ def gathered(kind: str, pruner: OBSDiff) -> Any:
     planned = pruner.removals(component)
     choices = {group: pruner.choices(group, count) for group, count in planned.items()}
     calibration = tiny.calibrate(loaded, packages=1)
-    (package,) = calibration.packages(consumers(choices), pruner.moments)
+    (package,) = calibration.packages(consumers(choices), pruner.moments, pruner.workspace)
     moments = calibration.collect(package, pruner.moments, pruner.weighting)
     return planned, choices, package, moments
 

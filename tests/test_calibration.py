@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from compressor_obs_diff import OBSDiff
 from compressor_obs_diff.weightings import LogDecrease, Uniform
 from torch import Tensor, nn
 
-from compressor.calibration import Gradients, Moments, StepCounter, sampling
+from compressor.calibration import Gradients, Group, Moments, StepCounter, sampling
 from compressor.calibration.foretold import explain_rank
 from compressor.calibration.packages import Package, cut
 from compressor.errors import CompressorError
@@ -38,7 +39,7 @@ def weights_used(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, steps: int
     add = Moments.add
     monkeypatch.setattr(Moments, "add", lambda self, x, weight, *_: used.append(weight) or add(self, x, weight))
     calibration = tiny.calibrate(pipeline, tiny.PROMPTS[:prompts], steps=steps, batch=1, packages=1)
-    (package,) = calibration.packages(pipeline.targets[:1], "norms")
+    (package,) = calibration.packages(pipeline.targets[:1], "norms", tiny.no_workspace)
     calibration.collect(package, "norms", Numbers())
     return used
 
@@ -149,7 +150,7 @@ def noises(
     pipeline = tiny.load(kind)
     first = FirstLatents(pipeline)
     calibration = tiny.calibrate(pipeline, texts, seed, batch=batch, packages=packages)
-    for package in calibration.packages(pipeline.targets, "norms"):
+    for package in calibration.packages(pipeline.targets, "norms", tiny.no_workspace):
         calibration.collect(package, "norms", Uniform())
     return first.seen
 
@@ -218,7 +219,7 @@ def test_prompts_are_encoded_once_and_nothing_is_decoded(kind, monkeypatch):
     encoded = dict(calls)
     texts = 1 if kind in ("flux", "sdxl") else 2  # SDXL puts zeros for the empty prompt, and Flux does without
     assert all(count == (0 if getattr(pipeline.pipe, name) is None else texts) for name, count in encoded.items())
-    for package in calibration.packages(pipeline.targets, "norms"):
+    for package in calibration.packages(pipeline.targets, "norms", tiny.no_workspace):
         calibration.collect(package, "norms", Uniform())
     assert calls == encoded
     assert calibration.facts.packages == 3
@@ -271,7 +272,7 @@ def refuse_above(pipeline: Pipeline, batch: int, error: RuntimeError) -> None:
 def test_the_batch_halves_when_memory_runs_out_and_the_moments_are_the_same(error):
     pipeline = tiny.load("sd2")
     calibration = tiny.calibrate(pipeline, tiny.PROMPTS[:6], batch=2, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     expected = calibration.collect(package, "second", LogDecrease())
     tired = tiny.calibrate(pipeline, tiny.PROMPTS[:6], batch=8, packages=1)
     refuse_above(pipeline, 2, error)
@@ -295,7 +296,7 @@ def test_the_batch_halves_when_memory_runs_out_and_the_moments_are_the_same(erro
 def test_memory_that_runs_out_half_way_counts_no_token_twice():
     pipeline = tiny.load("sd2")
     calibration = tiny.calibrate(pipeline, tiny.PROMPTS[:4], batch=2, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     calls = 0
 
     def hook(_module: nn.Module, _args: tuple) -> None:
@@ -314,7 +315,7 @@ def test_memory_that_runs_out_half_way_counts_no_token_twice():
 def test_running_out_of_memory_with_one_prompt_says_what_to_do():
     pipeline = tiny.load("sd2")
     calibration = tiny.calibrate(pipeline, batch=2, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     refuse_above(pipeline, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(CompressorError) as caught:
         calibration.collect(package, "second", Uniform())
@@ -327,7 +328,7 @@ def test_running_out_of_memory_with_one_prompt_says_what_to_do():
 def test_other_failures_of_the_network_are_not_taken_for_a_lack_of_memory():
     pipeline = tiny.load("sd2")
     calibration = tiny.calibrate(pipeline, batch=2, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     refuse_above(pipeline, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         calibration.collect(package, "second", Uniform())
@@ -352,7 +353,7 @@ def test_tokens_that_are_not_finite_are_left_out_and_reported():
     pipeline = tiny.load("sd3")
     last = pipeline.targets[-1]
     calibration = tiny.calibrate(pipeline, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     expected = calibration.collect(package, "second", Uniform())
     other = tiny.calibrate(pipeline, packages=1)
     poison(last, [0, 3])
@@ -370,7 +371,7 @@ def test_a_layer_that_is_fed_nothing_finite_is_an_error_that_names_it():
     pipeline = tiny.load("sd3")
     last = pipeline.targets[-1]
     calibration = tiny.calibrate(pipeline, packages=1)
-    (package,) = calibration.packages([last], "second")
+    (package,) = calibration.packages([last], "second", tiny.no_workspace)
     poison(last, list(range(16)))
     with pytest.raises(CompressorError) as caught:
         calibration.collect(package, "second", Uniform())
@@ -396,7 +397,7 @@ GROUPS = {
 def test_query_key_and_value_share_one_set_of_moments(kind):
     first, suffixes = GROUPS[kind]
     pipeline = tiny.load(kind)
-    (package,) = tiny.calibrate(pipeline, packages=1).packages(pipeline.targets, "second")
+    (package,) = tiny.calibrate(pipeline, packages=1).packages(pipeline.targets, "second", tiny.no_workspace)
     (group,) = [group for group in package.groups if group.name == first]
     block = group.targets[0].block
     assert [target.name for target in group.targets] == [f"{block}.{suffix}" for suffix in suffixes]
@@ -404,7 +405,7 @@ def test_query_key_and_value_share_one_set_of_moments(kind):
 
 def test_the_second_attention_of_sd35_has_an_input_of_its_own():
     pipeline = tiny.load("sd35")
-    (package,) = tiny.calibrate(pipeline, packages=1).packages(pipeline.targets, "second")
+    (package,) = tiny.calibrate(pipeline, packages=1).packages(pipeline.targets, "second", tiny.no_workspace)
     members = {group.name: [t.layer.suffix for t in group.targets] for group in package.groups}
     assert members["transformer_blocks.0.attn.to_q"] == ["attn.to_q", "attn.to_k", "attn.to_v"]
     assert members["transformer_blocks.0.attn2.to_q"] == ["attn2.to_q", "attn2.to_k", "attn2.to_v"]
@@ -412,7 +413,7 @@ def test_the_second_attention_of_sd35_has_an_input_of_its_own():
 
 def test_cross_attention_of_all_blocks_shares_the_prompts_embedding():
     pipeline = tiny.load("sd2")
-    (package,) = tiny.calibrate(pipeline, packages=1).packages(pipeline.targets, "second")
+    (package,) = tiny.calibrate(pipeline, packages=1).packages(pipeline.targets, "second", tiny.no_workspace)
     (group,) = [group for group in package.groups if group.targets[0].layer.stream == "text"]
     text = [target for target in pipeline.targets if target.name.endswith(("attn2.to_k", "attn2.to_v"))]
     assert list(group.targets) == text
@@ -426,7 +427,7 @@ def test_every_input_is_summed_once_a_forward(kind, monkeypatch):
     monkeypatch.setattr(Moments, "add", lambda self, x, weight, *_: calls.append(x.data_ptr()) or add(self, x, weight))
     pipeline = tiny.load(kind)
     calibration = tiny.calibrate(pipeline, ("a cat",), steps=1, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "norms")
+    (package,) = calibration.packages(pipeline.targets, "norms", tiny.no_workspace)
     distinct: set[int] = set()
     kept: list[Tensor] = []  # so that no address is used again
     for target in pipeline.targets:
@@ -464,7 +465,7 @@ def sd3() -> tuple[tuple[Target, ...], Trace]:
 
 def cut_sd3(kind: MomentKind, number: int | None, memory: int | None) -> tuple[Package, ...]:
     targets, trace = sd3()
-    return cut(targets, trace, kind, number, memory)
+    return cut(targets, trace, kind, number, memory, tiny.no_workspace)
 
 
 def names(packages: tuple[Package, ...]) -> list[list[str]]:
@@ -529,8 +530,8 @@ def test_memory_is_for_what_prunes_a_unit_as_well():
     small, large = 4 * 16 * 18, 4 * 64 * 66  # the moments of an input
     targets, trace = sd3()
 
-    def workspace(unit: Package) -> int:
-        return 1000 * unit.groups[0].inputs
+    def workspace(groups: Sequence[Group]) -> int:
+        return 1000 * max(group.inputs for group in groups)
 
     memory = 6 * small + 2 * large + 64_000
     packages = cut(targets, trace, "second", None, memory, workspace)
@@ -558,12 +559,12 @@ def test_a_package_knows_what_its_memory_has_room_for_beside_the_moments_that_ar
 
 def test_few_layers_make_fewer_packages_where_none_are_asked_for():
     targets, trace = sd3()
-    assert len(cut(targets[:3], trace, "second", None, None)) == 1
+    assert len(cut(targets[:3], trace, "second", None, None, tiny.no_workspace)) == 1
 
 
 def test_layers_whose_first_sharer_is_left_out_still_share():
     targets, trace = sd3()
-    (package,) = cut(targets[1:3], trace, "second", 1, None)
+    (package,) = cut(targets[1:3], trace, "second", 1, None, tiny.no_workspace)
     (group,) = package.groups
     assert group.name == "transformer_blocks.0.attn.to_k"
     assert [target.layer.role for target in group.targets] == ["key", "value"]
@@ -595,7 +596,7 @@ def test_later_packages_see_the_network_as_pruned_so_far(monkeypatch):
     assert len(done) == 4
     untouched = tiny.load("sd3")
     reference = tiny.calibrate(untouched, packages=4)
-    for package, found in zip(reference.packages(untouched.targets, "second"), sums, strict=True):
+    for package, found in zip(reference.packages(untouched.targets, "second", tiny.no_workspace), sums, strict=True):
         expected = reference.collect(package, "second", LogDecrease())
         same = [torch.equal(expected[name].squares_I, squares_I) for name, squares_I in found.items()]
         assert all(same) if package.number == 1 else not any(same)
@@ -643,9 +644,9 @@ def test_too_few_tokens_for_full_rank_are_told_in_figures():
 def test_the_warning_is_given_when_second_moments_are_asked_for():
     pipeline = tiny.load("sd2")
     calibration = tiny.calibrate(pipeline, ("a cat",), steps=1, guidance=1.0)
-    calibration.packages(pipeline.targets, "norms")
+    calibration.packages(pipeline.targets, "norms", tiny.no_workspace)
     assert calibration.facts.warnings == []
-    calibration.packages(pipeline.targets, "second")
+    calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     assert [w[:18] for w in calibration.facts.warnings] == ["9 of 40 layers see"]
 
 
@@ -663,7 +664,7 @@ def test_flux_is_not_run_on_the_empty_prompt():
 
         first.register_forward_pre_hook(note)
         calibration = tiny.calibrate(pipeline, ("a cat",), steps=1, packages=1)
-        (package,) = calibration.packages(pipeline.targets[:1], "norms")
+        (package,) = calibration.packages(pipeline.targets[:1], "norms", tiny.no_workspace)
         calibration.collect(package, "norms", Uniform())
         assert sizes == [2 if sampling.guided(pipeline.folder, 3.0) else 1]
 
@@ -676,7 +677,7 @@ def test_the_length_of_the_t5_part_is_what_the_network_is_given(kind, clip):
     (text,) = [t for t in pipeline.targets if t.name == "transformer_blocks.0.attn.add_q_proj"]
     tiny.record_inputs(text.module, fed)
     calibration = tiny.calibrate(pipeline, ("a cat",), steps=1, packages=1, max_sequence_length=24)
-    calibration.collect(calibration.packages([text], "norms")[0], "norms", Uniform())
+    calibration.collect(calibration.packages([text], "norms", tiny.no_workspace)[0], "norms", Uniform())
     assert [x.shape[1] for x in fed] == [clip + 24]
 
 

@@ -80,7 +80,7 @@ def collect(kind: MomentKind, packages: int = 1, record: bool = False, **options
     calibration = tiny.calibrate(loaded, packages=packages, **options)
     recorder = Recorder(loaded) if record else None
     found: dict[str, Moments] = {}
-    for package in calibration.packages(loaded.targets, kind):
+    for package in calibration.packages(loaded.targets, kind, tiny.no_workspace):
         found |= calibration.collect(package, kind, Growing())
     return found, calibration, recorder
 
@@ -149,7 +149,7 @@ def test_processes_that_share_the_batches_take_the_calls_that_one_takes():
     found: list[dict[str, Moments]] = []
     for ranks in (ALONE, Apart(0, 2), Apart(1, 2)):
         calibration = Calibration(loaded, tiny.traced(loaded), options, tiny.PROMPTS[:3], 0, tiny.quiet(), ranks)
-        (package,) = calibration.packages(loaded.targets, "second")
+        (package,) = calibration.packages(loaded.targets, "second", tiny.no_workspace)
         found.append(calibration.collect(package, "second", Growing()))
     alone, first, second = found
     for name, moments in alone.items():

@@ -39,7 +39,9 @@ def collect(pipeline: Pipeline, kind: MomentKind = "second", **options: Any) -> 
     calibration = tiny.calibrate(pipeline, **given)
     found: Found = {}
     graphs: list[int] = []
-    for package in calibration.packages(find_targets(pipeline.module, pipeline.family, adaln=True), kind):
+    for package in calibration.packages(
+        find_targets(pipeline.module, pipeline.family, adaln=True), kind, tiny.no_workspace
+    ):
         counters.clear()
         found |= calibration.collect(package, kind, LogDecrease())
         graphs.append(counters["stats"]["unique_graphs"])

@@ -315,7 +315,7 @@ def test_they_are_gathered_with_the_inputs_of_the_same_calls_and_of_no_other(kin
     found = {}
     for moments in ("second", "gradients"):
         calibration = tiny.calibrate(loaded, packages=2)
-        package = calibration.packages(loaded.targets, moments)[1]
+        package = calibration.packages(loaded.targets, moments, tiny.no_workspace)[1]
         found[moments] = calibration.collect(package, moments, LogDecrease())
     for name, plain in found["second"].items():
         other = found["gradients"][name]

@@ -131,7 +131,7 @@ def test_moments_of_a_sampling_are_the_weighted_sums_over_all_that_the_layers_we
     pipeline = tiny.load(kind)
     calibration = tiny.calibrate(pipeline, tiny.PROMPTS[:3], steps=3, packages=1)
     recorder = Recorder(pipeline)
-    (package,) = calibration.packages(pipeline.targets, moment_kind)
+    (package,) = calibration.packages(pipeline.targets, moment_kind, tiny.no_workspace)
     moments = calibration.collect(package, moment_kind, Growing())
     assert recorder.steps == [0, 1, 2] * 2
     assert calibration.facts.forwards == 6
@@ -161,7 +161,7 @@ def test_scaling_every_timestep_weight_scales_the_moments_and_nothing_else():
 
     pipeline = tiny.load("sd3")
     calibration = tiny.calibrate(pipeline, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     once = calibration.collect(package, "second", Growing())
     fourfold = calibration.collect(package, "second", Fourfold())
     for name, moments in once.items():

@@ -68,7 +68,7 @@ def _gather(
         loaded, tiny.traced(loaded), checked, options.get("prompts", CALIBRATION["prompts"]), 0, tiny.quiet(), ranks
     )
     found = []
-    for package in calibration.packages(loaded.targets, kind, deal_out=deal_out):
+    for package in calibration.packages(loaded.targets, kind, tiny.no_workspace, deal_out=deal_out):
         moments = calibration.collect(package, kind, LogDecrease())
         found.append({name: plain for group in moments for name, plain in _plain(group, moments[group]).items()})
     facts = calibration.facts
@@ -416,7 +416,7 @@ def test_fewer_gpus_than_processes_are_told(monkeypatch):
 @pytest.mark.parametrize("kind", list(tiny.KINDS))
 def test_each_layer_is_dealt_to_one_process_and_what_runs_side_by_side_stays_together(kind):
     loaded = tiny.load(kind)
-    (package,) = cut(loaded.targets, tiny.traced(loaded), "second", 1, None)
+    (package,) = cut(loaded.targets, tiny.traced(loaded), "second", 1, None, tiny.no_workspace)
     shares = [deal(package, rank, 3) for rank in range(3)]
     assert sorted(group.name for share in shares for group in share.groups) == sorted(g.name for g in package.groups)
     for rank, share in enumerate(shares):

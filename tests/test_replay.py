@@ -330,7 +330,7 @@ def test_a_calibration_warns_once_if_its_forwards_were_not_replayed(monkeypatch)
     calibration = tiny.calibrate(tiny.load("sd3"), packages=2)
     assert calibration._replay is not None
     calibration._replay.problem = "it waits"
-    for package in calibration.packages(calibration._pipeline.targets, "norms"):
+    for package in calibration.packages(calibration._pipeline.targets, "norms", tiny.no_workspace):
         calibration.collect(package, "norms", Growing())
     said = [warning for warning in calibration.facts.warnings if "CUDA" in warning]
     assert said == ["forwards were not replayed by CUDA graphs, which would be faster: it waits"]
@@ -342,7 +342,7 @@ def test_a_calibration_warns_once_if_only_those_that_are_differentiated_were_not
     assert calibration._replay is not None
     monkeypatch.setattr(Replay, "replaying", lambda *_, **__: nullcontext())
     calibration._replay.problem_of_differentiated = "it waits"
-    for package in calibration.packages(calibration._pipeline.targets, "norms"):
+    for package in calibration.packages(calibration._pipeline.targets, "norms", tiny.no_workspace):
         calibration.collect(package, "norms", Growing())
     assert [warning for warning in calibration.facts.warnings if "CUDA" in warning] == [
         "forwards that are differentiated were not replayed by CUDA graphs, which would be faster: it waits"
@@ -388,7 +388,7 @@ def test_where_memory_runs_out_what_is_recorded_goes_before_the_batch_is_halved(
         return sample(*args)
 
     monkeypatch.setattr(calibration, "_sample", failing)
-    (package,) = calibration.packages(calibration._pipeline.targets, "norms")
+    (package,) = calibration.packages(calibration._pipeline.targets, "norms", tiny.no_workspace)
     calibration.collect(package, "norms", Growing())
     assert times == [2, 2, 2, 1]
     why = "memory ran out beside what was recorded"
@@ -402,7 +402,7 @@ def passes(loaded: Pipeline, **options: Any) -> tuple[list[dict[str, Moments]], 
     """Two passes with gradients, the second with scales that are known, in batches of two prompts and of one."""
     calibration = tiny.calibrate(loaded, tiny.PROMPTS[:5], packages=2, **options)
     offload.bring(loaded.module)
-    packages = calibration.packages(loaded.targets, "gradients")
+    packages = calibration.packages(loaded.targets, "gradients", tiny.no_workspace)
     return [calibration.collect(package, "gradients", Growing()) for package in packages], calibration.facts
 
 
@@ -455,7 +455,7 @@ def gathered(kind: str, moments: MomentKind, **options: Any) -> tuple[dict[str, 
     loaded = pipeline.load(Model(source=str(tiny.folder(kind, torch.float16))), "cuda")
     with pipeline.current(loaded.device):
         calibration = tiny.calibrate(loaded, steps=8, packages=1, **options)
-        (package,) = calibration.packages(loaded.targets, moments)
+        (package,) = calibration.packages(loaded.targets, moments, tiny.no_workspace)
         return calibration.collect(package, moments, Growing()), calibration.facts
 
 

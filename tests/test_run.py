@@ -231,7 +231,7 @@ def test_obs_diff_loses_less_than_the_others_measured_on_the_same_moments(tmp_pa
     """On the inputs of the dense network, summed over all layers, at a block that is small against their width."""
     pipeline = tiny.load("sd3")
     calibration = tiny.calibrate(pipeline, tiny.PROMPTS, packages=1)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     moments = calibration.collect(package, "second", Uniform())
     dense = weights("sd3", tiny.folder("sd3"))
     for granularity, options in GRANULARITIES.items():
@@ -260,7 +260,7 @@ def test_the_error_reported_is_that_of_the_dense_layer_on_what_it_was_fed(tmp_pa
     pipeline = tiny.load("sd3")
     # the run draws its prompts in an order of its own, and sampled them at guidance 7
     calibration = tiny.calibrate(pipeline, drawn(asked), packages=1, guidance=7.0)
-    (package,) = calibration.packages(pipeline.targets, "second")
+    (package,) = calibration.packages(pipeline.targets, "second", tiny.no_workspace)
     moments = calibration.collect(package, "second", LogDecrease(low=0.5, high=2))
     rows = {row.name: row for row in report.read(output / "report.json").layers}
     saved = weights("sd3", output)

@@ -366,7 +366,7 @@ def test_a_recipes_options_reach_the_layers_and_lower_their_error(options):
     for name, given in (("obs", {}), ("other", options)):
         loaded = tiny.load("sd3")
         calibration = tiny.calibrate(loaded, packages=1)
-        (package,) = calibration.packages(loaded.targets, "second")
+        (package,) = calibration.packages(loaded.targets, "second", tiny.no_workspace)
         pruner = OBSDiff.model_validate({"sparsity": 0.6, "weighting": "uniform", **given})
         moments = calibration.collect(package, "second", pruner.weighting)
         errors[name] = [result.error or 0.0 for result in prune_package(pruner, package, moments)]
@@ -389,7 +389,7 @@ class Seen:
 def test_the_refit_moves_the_bias_where_there_is_one_and_the_error_counts_that(kind):
     loaded = tiny.load(kind)
     calibration = tiny.calibrate(loaded, packages=1)
-    (package,) = calibration.packages(loaded.targets, "second")
+    (package,) = calibration.packages(loaded.targets, "second", tiny.no_workspace)
     pruner = OBSDiff.model_validate({"sparsity": 0.6, "weighting": "uniform", "solver": "admm", "refit": True})
     targets = [group.targets[-1] for group in package.groups]
     seen = {group.targets[-1].name: Seen(group.targets[0].module) for group in package.groups}

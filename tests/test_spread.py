@@ -76,7 +76,7 @@ def test_a_layer_that_the_output_does_not_depend_on_is_harmed_by_nothing():
     loaded = tiny.load("sd3")
     calibration = tiny.calibrate(loaded, packages=1)
     pruner = OBSDiff(sparsity=0.5, spread=0.2, solver="admm", objective="network")
-    (package,) = calibration.packages(loaded.targets, pruner.moments)
+    (package,) = calibration.packages(loaded.targets, pruner.moments, pruner.workspace)
     moments = calibration.collect(package, pruner.moments, pruner.weighting)
     found = {part.name: part for part in parts(pruner, package, moments)}
     assert set(found) == {target.name for target in loaded.targets}
@@ -89,7 +89,7 @@ def test_where_no_weight_can_make_up_for_another_harm_is_a_sum_over_the_cheapest
     loaded = tiny.load("sd3")
     calibration = tiny.calibrate(loaded, packages=1)
     pruner = OBSDiff(sparsity=0.5, spread=0.2, damping=1e-6, solver="admm", objective="network")
-    (package,) = calibration.packages(loaded.targets, pruner.moments)
+    (package,) = calibration.packages(loaded.targets, pruner.moments, pruner.workspace)
     moments = calibration.collect(package, pruner.moments, pruner.weighting)
     group = package.groups[0]
     gathered, target = moments[group.name], group.targets[0]

@@ -215,7 +215,7 @@ def test_latents_move_on_as_in_longer_steps():
     """A rectified flow by Euler's method, with the network's output of every other of six steps."""
     loaded = tiny.load("sd3")
     calibration = tiny.calibrate(loaded, steps=6, stride=2, batch=3, packages=1)
-    (package,) = calibration.packages(loaded.targets, "norms")
+    (package,) = calibration.packages(loaded.targets, "norms", tiny.no_workspace)
     given: list[dict[str, Any]] = []
     handle = loaded.module.register_forward_pre_hook(lambda _m, _a, kwargs: given.append(kwargs), with_kwargs=True)
     calibration.collect(package, "norms", Growing())
@@ -384,13 +384,13 @@ def test_a_run_and_a_plan_go_by_the_scheduler():
     options = {"steps": 10, "stride": None, "batch": 2, "packages": 1}
     assert planned("sd3", options).entries[0].forwards == 5 + 6
     calibration = tiny.calibrate(loaded, **options)
-    (package,) = calibration.packages(loaded.targets, "norms")
+    (package,) = calibration.packages(loaded.targets, "norms", tiny.no_workspace)
     calibration.collect(package, "norms", Growing())
     assert (calibration.facts.forwards, calibration.facts.held, calibration.facts.warnings) == (11, 9, [])
     noisy = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     loaded.pipe.scheduler = noisy
     calibration = tiny.calibrate(loaded, **options)
-    (package,) = calibration.packages(loaded.targets, "norms")
+    (package,) = calibration.packages(loaded.targets, "norms", tiny.no_workspace)
     calibration.collect(package, "norms", Growing())
     assert (calibration.facts.forwards, calibration.facts.held) == (20, 0)
     assert len(calibration.facts.warnings) == 1

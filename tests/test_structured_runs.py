@@ -146,7 +146,7 @@ def error_by_hand(kind: str, folder: Path, texts: tuple[str, ...]) -> dict[str, 
             if consumer.name not in store:
                 handles.append(tiny.record_inputs(consumer.module, store.setdefault(consumer.name, [])))
     calibration = tiny.calibrate(dense, texts, packages=1)
-    for package in calibration.packages([next(iter(dense.targets))], "second"):
+    for package in calibration.packages([next(iter(dense.targets))], "second", tiny.no_workspace):
         calibration.collect(package, "second", Uniform())
     for handle in handles:
         handle.remove()
@@ -198,7 +198,7 @@ def solved(
     """What the pruner yields, and what it weighs beforehand, if so many problems may be solved together."""
     together: list[int] = []
     remove_together = groups.remove_together
-    monkeypatch.setattr(groups, "fitting_together", lambda bytes_of_each, device, room: most)
+    monkeypatch.setattr(groups, "fitting_together", lambda needs, device, room: most)
     monkeypatch.setattr(
         groups,
         "remove_together",
@@ -214,7 +214,7 @@ def solved(
     }
     choices = {group: (0, count) for group, count in counts.items()}
     calibration = tiny.calibrate(loaded, packages=1)
-    (package,) = calibration.packages(consumers(counts), pruner.moments)
+    (package,) = calibration.packages(consumers(counts), pruner.moments, pruner.workspace)
     moments = calibration.collect(package, pruner.moments, pruner.weighting)
     found = curves(pruner, planned, choices, package, moments)
     results = list(groups.prune_groups(pruner, counts, package, moments))
@@ -241,7 +241,7 @@ def test_solved_together_layers_are_as_solved_alone(kind, monkeypatch):
 
 
 def test_what_is_solved_together_has_one_shape_and_loses_similar_numbers(monkeypatch):
-    monkeypatch.setattr(groups, "fitting_together", lambda bytes_of_each, device, room: 3)
+    monkeypatch.setattr(groups, "fitting_together", lambda needs, device, room: 3)
     loaded = tiny.load("sd3")
     neurons = [group for group in find_groups(loaded.module, loaded.family) if group.kind == "neurons"]
     heads = [group for group in find_groups(loaded.module, loaded.family) if group.kind == "heads"]

@@ -179,7 +179,7 @@ def test_every_addition_to_the_moments_is_timed_and_nothing_else(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))  # one second a reading
     loaded = tiny.load("sd3")
     calibration = tiny.calibrate(loaded, packages=1)
-    (package,) = calibration.packages(loaded.targets, "norms")
+    (package,) = calibration.packages(loaded.targets, "norms", tiny.no_workspace)
     calibration.collect(package, "norms", Uniform())
     assert calibration.facts.moment_seconds == calibration.facts.forwards * len(package.groups) > 0
 

@@ -34,7 +34,7 @@ def test_shared_inputs_tokens_and_constants_are_those_of_a_real_sampling(kind):
     for target in pipeline.targets:
         tiny.record_inputs(target.module, fed[target.name])
     calibration = tiny.calibrate(pipeline, ("a cat",), steps=3, packages=1, guidance=1.0)
-    (package,) = calibration.packages(pipeline.targets[:1], "norms")
+    (package,) = calibration.packages(pipeline.targets[:1], "norms", tiny.no_workspace)
     calibration.collect(package, "norms", Uniform())
     assert {len(inputs) for inputs in fed.values()} == {3}
     first: dict[int, str] = {}
@@ -58,7 +58,7 @@ def test_all_adaln_linears_are_fed_one_vector_a_sample_and_the_same_whatever_is_
     for target in adaln:
         tiny.record_inputs(target.module, fed[target.name])
     calibration = tiny.calibrate(pipeline, ("a cat", "rain"), steps=3, packages=1, guidance=1.0)
-    (package,) = calibration.packages(pipeline.targets[:1], "norms")
+    (package,) = calibration.packages(pipeline.targets[:1], "norms", tiny.no_workspace)
     for halved in (False, True):
         if halved:
             for target in found:

@@ -4,22 +4,37 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from compressor_obs_diff import OBSDiff, batch
+from compressor_obs_diff import OBSDiff, batch, groups
 from compressor_obs_diff import layers as obs_diff_layers
+from compressor_obs_diff.budget import curves
+from compressor_obs_diff.groups import prune_groups
 from compressor_obs_diff.layers import prune_package
 from compressor_obs_diff.removal import Problem, Stream, bytes_of, remove_together
 from compressor_wanda import Wanda
 from torch import Tensor, nn
 
+from compressor import registry
+from compressor.bench.gathered import packages as bench_packages
+from compressor.bench.solve_times import Source
 from compressor.calibration import Gradients, Group, Moments, Package
+from compressor.calibration.packages import cut, deal
+from compressor.plan import plan
 from compressor.plugin import LayerResult, Pruner
-from compressor.structure import Layer, Target
+from compressor.recipe import Recipe
+from compressor.structure import Component, Family, Layer, Target, Trace, consumers, find_targets, trace
+from tests import tiny
 from tests.live_memory import most_taken
+from tests.tiny import diffusers
 
+SD3: Family = registry.load("family", "sd3")
 DEVICES = [
     torch.device("cpu"),
     pytest.param(
@@ -51,7 +66,7 @@ def package(
     shapes: list[tuple[int, tuple[int, ...]]], options: Pruner, device: torch.device
 ) -> tuple[Package, dict[str, Moments]]:
     """Layers, for each input its width and the outputs of those that read it, and their moments."""
-    groups: list[Group] = []
+    found: list[Group] = []
     held: dict[str, Moments] = {}
     for place, (inputs, outputs) in enumerate(shapes):
         layer = Layer("ff", "feed_forward", "down", "image", 0)
@@ -62,10 +77,10 @@ def package(
             Target(name, linear.requires_grad_(False), str(place), layer)
             for name, linear in zip(names, linears, strict=True)
         ]
-        groups.append(Group(names[0], tuple(targets)))
+        found.append(Group(names[0], tuple(targets)))
         sizes = dict(zip(names, outputs, strict=True))
         held[names[0]] = moments(inputs, sizes, device, options.moments == "gradients")
-    return Package(1, 1, tuple(groups), sum(found.bytes for found in held.values())), held
+    return Package(1, 1, tuple(found), sum(each.bytes for each in held.values())), held
 
 
 def tensors(packed: Package, held: dict[str, Moments]) -> list[Tensor]:
@@ -96,9 +111,39 @@ def test_solving_a_layer_takes_no_more_than_it_says_and_not_far_less(given, shap
     scale = 8 if device.type == "cuda" else 1  # so that little beside the large tensors counts
     shape = shape[0] * scale, tuple(size * scale for size in shape[1])
     packed, held = package([shape], options, device)
-    said = options.workspace(packed)
+    said = options.workspace(packed.groups)
     taken = most_taken(lambda: list(prune_package(options, packed, held)), tensors(packed, held), device)
     assert said / 4 < taken <= said
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("shape", [(512, (128,)), (512, (16,))], ids=str)
+def test_a_hessian_that_has_to_be_damped_further_takes_no_more_than_was_said(shape, device):
+    options = OBSDiff.model_validate({"sparsity": 0.5})
+    packed, held = package([shape], options, device)
+    second_II = held["0.0"].second_II
+    assert second_II is not None
+    values_I, vectors_II = torch.linalg.eigh(second_II)
+    values_I[0] = -0.05 * values_I.mean()
+    second_II.copy_(vectors_II * values_I @ vectors_II.T)
+    results: list[LayerResult] = []
+    before = tensors(packed, held)
+    taken = most_taken(lambda: results.extend(prune_package(options, packed, held)), before, device)
+    assert results[0].damping == pytest.approx(0.1)
+    assert 0 < taken <= options.workspace(packed.groups)
+
+
+class Given:
+    """In place of a calibration: one package and its moments."""
+
+    def __init__(self, packed: Package, held: dict[str, Moments]) -> None:
+        self._packed, self._held = packed, held
+
+    def packages(self, *_: Any, deal_out: bool) -> tuple[Package, ...]:
+        return (self._packed,)
+
+    def collect(self, *_: Any) -> dict[str, Moments]:
+        return self._held
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -107,14 +152,13 @@ def test_wandas_scores_take_no_more_than_it_says(given, device):
     options = Wanda.model_validate(given)
     scale = 8 if device.type == "cuda" else 1
     packed, held = package([(256 * scale, (64 * scale,))], options, device)
-    ((target,),) = (group.targets for group in packed.groups)
-    weight_OI, norm_I = target.module.weight.data, held["0.0"].squares_I.sqrt()
-
-    def prune() -> None:
-        score_OI = weight_OI.float().abs() * norm_I
-        weight_OI.masked_fill_(options.granularity.mask(score_OI, options.zeros(target), per_row=True), 0)
-
-    assert 0 < most_taken(prune, [weight_OI, norm_I], device) <= options.workspace(packed)
+    targets = [target for group in packed.groups for target in group.targets]
+    component: Any = SimpleNamespace(targets=targets)
+    calibration: Any = Given(packed, held)
+    before = tensors(packed, held)
+    taken = most_taken(lambda: list(options.prune(component, calibration)), before, device)
+    assert (targets[0].module.weight == 0).float().mean() == 0.5
+    assert 0 < taken <= options.workspace(packed.groups)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -153,14 +197,20 @@ def test_removing_heads_and_neurons_takes_no_more_than_it_says_and_not_far_less(
     assert said / 2.5 < taken <= said
 
 
-def test_the_largest_problem_of_a_unit_counts_and_all_that_may_be_one_where_heads_leave():
+def test_the_largest_problem_counts_and_the_attention_outputs_of_a_block_are_one():
     sweep = OBSDiff.model_validate({"sparsity": 0.5})
     packed, _ = package([(64, (64, 64)), (256, (64,)), (256, (64,))], sweep, torch.device("cpu"))
-    assert sweep.workspace(packed) == 4 * (3 * 256**2 + 256 * 64)
+    assert sweep.workspace(packed.groups) == 4 * (7 * 256**2 // 2 + 256 * 64)
     heads = OBSDiff.model_validate({"granularity": {"structured": {"heads": 0.5, "neurons": 0.5}}})
-    assert heads.workspace(packed) == 2 * bytes_of(64, 64) + 2 * bytes_of(64, 256)
+    assert heads.workspace(packed.groups) == bytes_of(64, 256)
+    layer = Layer("attn.to_out", "attention", "output", "image", 0)
+    outputs = [
+        replace(group, targets=tuple(replace(target, layer=layer, block="0") for target in group.targets))
+        for group in packed.groups
+    ]
+    assert heads.workspace(outputs) == 2 * bytes_of(64, 64) + 2 * bytes_of(64, 256)
     wanda = Wanda.model_validate({"sparsity": 0.5})
-    assert wanda.workspace(packed) == 40 * 64 * 256
+    assert wanda.workspace(packed.groups) == 40 * 64 * 256
 
 
 def test_on_a_gpu_small_problems_come_first_and_no_more_at_once_than_the_recipe_has_room_for(monkeypatch):
@@ -183,9 +233,163 @@ def test_on_a_gpu_small_problems_come_first_and_no_more_at_once_than_the_recipe_
         return list(sizes)
 
     small = 4 * 8 * 16**2  # as the weights are as many as the inputs' products
-    large = 4 * (3 * 64**2 + 64 * 16)
+    large = 4 * (7 * 64**2 // 2 + 64 * 16)
     assert solved(None) == [(5, 16), (2, 64)]
     assert solved(2 * small) == [(2, 16), (2, 16), (1, 16), (1, 64), (1, 64)]
     freed = 5 * 4 * 16 * 18
     assert solved(2 * large - freed) == [(5, 16), (2, 64)]
     assert solved(2 * large - freed - 1) == [(5, 16), (1, 64), (1, 64)]
+
+
+# ----------------------------------------------------------------------------------------------------- whole networks
+
+
+def network() -> tuple[Component, Trace]:
+    """An SD3 whose matrices are large beside everything else, in half precision."""
+    module = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=128,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    seen = trace(module, SD3, height=8, width=8, sequence=5)
+    module = module.requires_grad_(False).half()
+    return Component("transformer", module, SD3, tuple(find_targets(module, SD3))), seen
+
+
+def gathered(packed: Package, options: OBSDiff) -> dict[str, Moments]:
+    """Random moments of all its groups."""
+    return {
+        group.name: moments(
+            group.inputs,
+            {target.name: target.outputs for target in group.targets},
+            torch.device("cpu"),
+            options.moments == "gradients",
+        )
+        for group in packed.groups
+    }
+
+
+@pytest.mark.parametrize("objective", ["layer", "network"])
+def test_heads_and_neurons_of_a_network_take_no_more_than_it_says(objective):
+    torch.manual_seed(0)
+    component, seen = network()
+    spread = {"spread": 0.25} if objective == "network" else {}
+    structured = {"granularity": {"structured": {"heads": 0.5, "neurons": 0.25}}, "objective": objective, **spread}
+    options = OBSDiff.model_validate(structured)
+    planned = options.removals(component)
+    (packed,) = cut(consumers(planned), seen, options.moments, 1, None, options.workspace)
+    held = gathered(packed, options)
+    before = [*component.module.parameters(), *tensors(packed, held)]
+    if spread:
+        choices = {group: options.choices(group, count) for group, count in planned.items()}
+        taken = most_taken(lambda: curves(options, planned, choices, packed, held), before, torch.device("cpu"))
+        assert packed.workspace / 4 < taken <= packed.workspace
+    taken = most_taken(lambda: list(prune_groups(options, planned, packed, held)), before, torch.device("cpu"))
+    assert packed.workspace / 4 < taken <= packed.workspace
+
+
+def test_what_was_solved_leaves_no_moments_behind_and_what_is_next_has_their_room(monkeypatch):
+    component, seen = network()
+    options = OBSDiff.model_validate({"granularity": {"structured": {"heads": 0.5, "neurons": 0.25}}})
+    planned = options.removals(component)
+    (packed,) = cut(consumers(planned), seen, "second", 1, None, options.workspace)
+    packed = replace(packed, memory=packed.moment_bytes + 12345)
+    held = gathered(packed, options)
+    sums = [weakref.ref(found.second_II) for found in held.values()]
+    real, rooms = groups.remove_together, []
+
+    def remove(problems: Sequence[Problem], *rest: Any) -> Any:
+        assert sum(each() is not None for each in sums) == len(held)
+        return real(problems, *rest)
+
+    def fitting(needs: int, device: torch.device, room: int | None) -> int:
+        rooms.append(room)
+        assert room == 12345 + packed.moment_bytes - sum(found.bytes for found in held.values())
+        return 1
+
+    monkeypatch.setattr(groups, "remove_together", remove)
+    monkeypatch.setattr(groups, "fitting_together", fitting)
+    list(prune_groups(options, planned, packed, held))
+    assert rooms == sorted(rooms)
+    assert len(set(rooms)) == len(rooms) > 2
+    held = gathered(packed, options)
+    rooms.clear()
+    choices = {group: (0, count) for group, count in planned.items()}
+    curves(options, planned, choices, packed, held)
+    assert set(rooms) == {12345}
+
+
+@pytest.mark.parametrize("given", [{"sparsity": 0.5}, {"sparsity": 0.5, "solver": "admm"}], ids=["obs", "admm"])
+def test_layers_of_several_units_that_read_one_input_are_counted_as_they_are_solved(given):
+    """Such as keys and values of all blocks of a U-Net, which read the text."""
+    loaded = tiny.load("sdxl")
+    seen = tiny.traced(loaded)
+    options = OBSDiff.model_validate(given)
+    (whole,) = cut(loaded.targets, seen, "second", 1, None, options.workspace)
+    assert max(len({target.unit for target in group.targets}) for group in whole.groups) > 1
+    assert whole.workspace == options.workspace(whole.groups)
+    for share in (1, 0.75, 0.5, 0.25):
+        memory = whole.workspace + int(share * whole.moment_bytes)
+        packages = cut(loaded.targets, seen, "second", None, memory, options.workspace)
+        assert (len(packages) == 1) == (share == 1)
+        for packed in packages:
+            assert packed.workspace == options.workspace(packed.groups)
+            assert packed.moment_bytes + packed.workspace <= memory
+
+
+def test_plan_run_bench_and_processes_that_share_a_job_cut_alike():
+    loaded = tiny.load("sd3")
+    options = OBSDiff.model_validate({"sparsity": 0.5})
+    seen = tiny.traced(loaded)
+    (whole,) = cut(loaded.targets, seen, "second", 1, None, options.workspace)
+    memory = 3 * whole.moment_bytes // 4 + whole.workspace
+    expected = cut(loaded.targets, seen, "second", None, memory, options.workspace)
+    assert 1 < len(expected) != len(cut(loaded.targets, seen, "second", None, memory, tiny.no_workspace))
+
+    def same(found: Sequence[Package]) -> bool:
+        keys = [
+            [(each.moment_bytes, each.workspace, each.memory) for each in packages] for packages in (found, expected)
+        ]
+        return keys[0] == keys[1]
+
+    calibration = tiny.calibrate(loaded, memory=memory)
+    assert same(calibration.packages(loaded.targets, "second", options.workspace))
+    recipe = Recipe.model_validate(
+        {
+            "model": str(tiny.folder("sd3")),
+            "calibration": {"prompts": ["a"], "memory": memory, "height": tiny.SIDE, "width": tiny.SIDE},
+            "prune": [{"obs_diff": {"sparsity": 0.5}}],
+            "output": "out",
+        }
+    )
+    assert same(plan(recipe).entries[0].packages)
+    subject: Any = SimpleNamespace(calibration=recipe.calibration)
+    assert same(bench_packages(subject, seen, loaded.targets, "second", options.workspace))
+    source = Source(cast("Any", SimpleNamespace(subject=subject, seen=seen)), print)
+    assert same(source.packages(loaded.targets, "second", options.workspace))
+    for packed in expected:
+        dealt = deal(packed, 1, 2)
+        assert (dealt.memory, dealt.workspace) == (memory, packed.workspace)
+
+
+def test_pruners_say_what_they_take_when_they_are_cut(monkeypatch):
+    """What `plan` counts is what they hand over in a run."""
+    loaded = tiny.load("sd3")
+    for pruner in (OBSDiff.model_validate({"sparsity": 0.5}), Wanda.model_validate({"sparsity": 0.5})):
+        calibration = tiny.calibrate(loaded, memory="1GiB")
+        real, asked = calibration.packages, []
+
+        def packages(
+            targets: Any, kind: Any, workspace: Any, *, real: Any = real, asked: Any = asked, **rest: Any
+        ) -> Any:
+            asked.append(workspace)
+            return real(targets, kind, workspace, **rest)
+
+        monkeypatch.setattr(calibration, "packages", packages)
+        next(iter(pruner.prune(tiny.component(loaded), calibration)))
+        assert asked == [pruner.workspace]

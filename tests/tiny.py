@@ -10,7 +10,7 @@ import pickle
 import shutil
 import string
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ def calibrate(
     given = {"steps": 2, "stride": 1, "batch": 2, "guidance": 3.0, "height": SIDE, "width": SIDE} | options
     checked = recipe.Calibration.model_validate({"prompts": list(texts), **given})
     return calibration.Calibration(loaded, traced(loaded), checked, texts, seed, quiet())
+
+
+def no_workspace(groups: Sequence[calibration.Group]) -> int:
+    """Of a pruner that takes nothing beside its moments."""
+    return 0
 
 
 def traced(loaded: Pipeline) -> Trace:

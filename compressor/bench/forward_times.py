@@ -14,7 +14,7 @@ from compressor.bench.networks import free_memory
 from compressor.bench.prune_table import ForwardRow
 from compressor.bench.timing import in_turns
 from compressor.calibration import replay
-from compressor.calibration.packages import Package, cut
+from compressor.calibration.packages import Group, Package, cut
 from compressor.calibration.replay import Replay
 from compressor.calibration.sampling import out_of_memory
 from compressor.calibration.timing import Meter
@@ -124,15 +124,17 @@ class Forwards:
     def _loads(self) -> dict[str, Load]:
         """Kinds of forwards, by name; pruners that ask for the same moments of the same layers share theirs."""
         found: dict[str, Load] = {}
-        alike: dict[tuple[MomentKind, tuple[Package, ...]], list[int]] = {}
+        alike: dict[tuple[MomentKind, tuple[tuple[Group, ...], ...]], list[int]] = {}
+        cuts_of: dict[int, tuple[Package, ...]] = {}
         for i, entry in enumerate(self.network.entries):
             if entry.pruner.moments != "none":
                 kind, workspace = entry.pruner.moments, entry.pruner.workspace
                 cuts = packages(self.network.subject, self.network.seen, entry.calibrated, kind, workspace)
-                alike.setdefault((kind, cuts), []).append(i)
-        for (kind, cuts), places in alike.items():
-            entry = self.network.entries[places[0]]
-            (whole,) = cut(entry.calibrated, self.network.seen, kind, 1, None)
+                alike.setdefault((kind, tuple(package.groups for package in cuts)), []).append(i)
+                cuts_of[i] = cuts
+        for (kind, _), places in alike.items():
+            entry, cuts = self.network.entries[places[0]], cuts_of[places[0]]
+            (whole,) = cut(entry.calibrated, self.network.seen, kind, 1, None, entry.pruner.workspace)
             what = ", ".join(self.network.subject.cases[i] for i in places)
             loads = {
                 "packages": [Load(f"{what}: package {p.number} of {p.count}", p, kind) for p in cuts],

@@ -10,7 +10,7 @@ from compressor.bench.gathered import Load, Network, packages
 from compressor.bench.networks import free_memory
 from compressor.bench.prune_table import Case, SolveRow
 from compressor.calibration import Calibration, Moments, Package
-from compressor.calibration.packages import Workspace, no_workspace
+from compressor.calibration.packages import Workspace
 from compressor.entries import Entry
 from compressor.plugin import MomentKind, Removed, Weighting
 from compressor.progress import Progress
@@ -31,7 +31,7 @@ class Source:
         self,
         targets: Sequence[Target],
         kind: MomentKind,
-        workspace: Workspace = no_workspace,
+        workspace: Workspace,
         *,
         deal_out: bool = False,
     ) -> tuple[Package, ...]:

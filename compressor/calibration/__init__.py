@@ -20,7 +20,7 @@ from compressor.calibration.foretold import foretell, foretell_sampling
 from compressor.calibration.gradients import Differentiated
 from compressor.calibration.moments import Moments
 from compressor.calibration.noise import adds_noise
-from compressor.calibration.packages import Group, Package, Workspace, cut, deal, no_workspace
+from compressor.calibration.packages import Group, Package, Workspace, cut, deal
 from compressor.calibration.replay import Replay
 from compressor.calibration.steps import StepCounter
 from compressor.calibration.strides import Strides, first_runs, mean_runs, stride_of
@@ -149,7 +149,7 @@ class Calibration:
         self,
         targets: Iterable[Target],
         kind: MomentKind,
-        workspace: Workspace = no_workspace,
+        workspace: Workspace,
         *,
         deal_out: bool = False,
     ) -> tuple[Package, ...]:
@@ -158,7 +158,7 @@ class Calibration:
         Args:
             targets: in order of execution.
             kind: which moments will be collected.
-            workspace: that of the pruner, if it has one: it counts towards the recipe's `memory`.
+            workspace: the pruner's: it counts towards the recipe's `memory`.
             deal_out: where several processes share the job, each is given layers of its own in every package; a pruner
                 may ask for it that looks at one unit of layers at a time. Else each prunes all, as rank 0 does.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ class Package:
         groups: in order of execution.
         moment_bytes: what the moments of all groups take together.
         memory: the most bytes that these and what prunes the layers may take together; None if the recipe does not say.
-        workspace: what pruning those layers takes that need most, of those that run side by side.
+        workspace: what pruning takes beside them, at the least.
         every: where several processes share the layers, the groups of all of them; `groups` are this one's.
         owners: the rank that prunes each of these.
     """
@@ -66,13 +66,8 @@ class Package:
         return None if self.memory is None else self.memory - sum(found.bytes for found in moments.values())
 
 
-Workspace = Callable[[Package], int]
+Workspace = Callable[[Sequence[Group]], int]
 """`Pruner.workspace`."""
-
-
-def no_workspace(unit: Package) -> int:
-    """Of a pruner that takes none worth counting."""
-    return 0
 
 
 def cut(
@@ -81,7 +76,7 @@ def cut(
     kind: MomentKind,
     packages: int | None,
     memory: int | None,
-    workspace: Workspace = no_workspace,
+    workspace: Workspace,
 ) -> tuple[Package, ...]:
     """Cuts the layers, in units that run side by side, into contiguous packages.
 
@@ -91,8 +86,8 @@ def cut(
         kind: which moments are to be gathered.
         packages: how many packages of as equal a number of units as can be; if this and memory are None, 4, or one a
             unit where there are fewer.
-        memory: instead: the most bytes that a package's moments may take, together with what prunes one unit of it.
-        workspace: what pruning a unit takes.
+        memory: instead: the most bytes that a package's moments may take, together with what prunes its layers.
+        workspace: what that is, of the pruner.
 
     Raises:
         CompressorError: if there are fewer units than packages, or one unit alone exceeds the memory.
@@ -101,7 +96,6 @@ def cut(
     for target in targets:
         found.setdefault(target.unit, []).append(target)
     units = list(found.values())
-    beside = [workspace(Package(1, 1, _group(unit, trace), _bytes(unit, trace, kind), memory)) for unit in units]
     if memory is None:
         packages = min(PACKAGES, len(units)) if packages is None else packages
         if packages > len(units):
@@ -110,33 +104,53 @@ def cut(
                 f"by side, found {packages}"
             )
         bounds = [round(i * len(units) / packages) for i in range(packages + 1)]
+        runs = [_needs(units[start:stop], trace, kind, workspace) for start, stop in pairwise(bounds)]
     else:
-        bounds = _bounds(units, beside, lambda run: _bytes(run, trace, kind), memory)
-    runs = [(list(chain(*units[start:stop])), max(beside[start:stop])) for start, stop in pairwise(bounds)]
+        runs = _fill(units, trace, kind, memory, workspace)
     return tuple(
-        Package(i, len(runs), _group(run, trace), _bytes(run, trace, kind), memory, most)
-        for i, (run, most) in enumerate(runs, start=1)
+        Package(i, len(runs), run.groups, run.moment_bytes, memory, run.workspace) for i, run in enumerate(runs, 1)
     )
 
 
-def _bounds(
-    units: list[list[Target]], beside: list[int], moments: Callable[[list[Target]], int], memory: int
-) -> list[int]:
-    """Where packages begin that hold as many units as fit, and where the last one ends."""
-    needs = [moments(unit) + more for unit, more in zip(units, beside, strict=True)]
-    largest = needs.index(max(needs))
-    if needs[largest] > memory:
-        pruning = f" and {beside[largest]:,} to be pruned" if beside[largest] else ""
+@dataclass(frozen=True)
+class _Needs:
+    """What units of layers take together."""
+
+    groups: tuple[Group, ...]
+    moment_bytes: int
+    workspace: int
+
+    @property
+    def all(self) -> int:
+        return self.moment_bytes + self.workspace
+
+
+def _needs(units: list[list[Target]], trace: Trace, kind: MomentKind, workspace: Workspace) -> _Needs:
+    targets = list(chain(*units))
+    groups = _group(targets, trace)
+    return _Needs(groups, _bytes(targets, trace, kind), workspace(groups))
+
+
+def _fill(units: list[list[Target]], trace: Trace, kind: MomentKind, memory: int, workspace: Workspace) -> list[_Needs]:
+    """Packages that hold as many units as fit."""
+    alone = [_needs([unit], trace, kind, workspace) for unit in units]
+    largest = max(alone, key=lambda needs: needs.all)
+    if largest.all > memory:
+        pruning = f" and {largest.workspace:,} to be pruned" if largest.workspace else ""
         raise CompressorError(
-            f"calibration.memory: should be at least {needs[largest]:,} bytes: {units[largest][0].name} and the layers "
-            f"beside it need {moments(units[largest]):,} for their moments{pruning}; found {memory:,}"
+            f"calibration.memory: should be at least {largest.all:,} bytes: {largest.groups[0].name} and the layers "
+            f"beside it need {largest.moment_bytes:,} for their moments{pruning}; found {memory:,}"
         )
-    bounds = [0]
-    for stop in range(1, len(units) + 1):
-        start = bounds[-1]
-        if moments(list(chain(*units[start:stop]))) + max(beside[start:stop]) > memory:
-            bounds.append(stop - 1)
-    return [*bounds, len(units)]
+    runs: list[_Needs] = []
+    start = 0
+    for stop, unit in enumerate(alone, start=1):
+        longer = _needs(units[start:stop], trace, kind, workspace)
+        if runs and longer.all <= memory:
+            runs[-1] = longer
+        else:
+            runs.append(unit)
+            start = stop - 1
+    return runs
 
 
 def _group(targets: list[Target], trace: Trace) -> tuple[Group, ...]:

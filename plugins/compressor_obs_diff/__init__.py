@@ -23,7 +23,8 @@ from compressor.plugin import (
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
-    from compressor.calibration import Calibration, Moments, Package
+    from compressor.calibration import Calibration, Moments
+    from compressor.calibration import Group as Inputs
     from compressor.structure import Component, Group, Target
 
 
@@ -132,13 +133,12 @@ class OBSDiff(Pruner):
         most = math.floor((self.sparsity + self.spread) * weights + 1e-6)
         return min(least, zeros), max(most, zeros)
 
-    def workspace(self, unit: Package) -> int:
-        """What the largest problem takes; where heads or neurons leave, of all layers that may be one problem."""
-        from compressor_obs_diff import layers, removal
+    def workspace(self, groups: Sequence[Inputs]) -> int:
+        """What the largest problem takes."""
+        from compressor_obs_diff.groups import workspace as of_removals
+        from compressor_obs_diff.layers import workspace as of_layers
 
-        if isinstance(self.granularity, Elementwise):
-            return layers.workspace(self, unit.groups)
-        return sum(removal.bytes_of(target.outputs, target.inputs) for group in unit.groups for target in group.targets)
+        return of_layers(self, groups) if isinstance(self.granularity, Elementwise) else of_removals(groups)
 
     def passes(self, packages: int) -> int:
         """With a spread, all packages are calibrated on the dense network first; the first one is not done again."""

@@ -45,16 +45,20 @@ def note(solver: str, granularity: Elementwise, device: torch.device) -> str | N
     return f"{slow}, which costs a GPU many times as much as by kernels: {why}"
 
 
-def most(numbers: int, device: torch.device, room: int | None) -> int:
-    """How many problems are solved at once, by the float32 numbers that one of them needs; at least one.
+def most(needs: int, device: torch.device, room: int | None) -> int:
+    """How many problems are solved at once; at least one.
 
     Args:
-        numbers: of each problem.
+        needs: bytes that one of them takes.
         device: its moments'.
         room: the bytes that the recipe leaves for all of them together; None for no bound.
     """
-    free = FREE * free_bytes(device) if device.type == "cuda" else MOST_BYTES
-    return max(1, int(min(MOST_BYTES, free, MOST_BYTES if room is None else room) / (4 * numbers)))
+    bounds = [MOST_BYTES]
+    if device.type == "cuda":
+        bounds.append(int(FREE * free_bytes(device)))
+    if room is not None:
+        bounds.append(room)
+    return max(1, min(bounds) // needs)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -79,8 +83,8 @@ def factorise_batch(hessians: Sequence[Tensor], damping: float, names: Sequence[
     """
     mean_N = torch.stack([hessian_II.diagonal().mean() for hessian_II in hessians])
     damped_NII = torch.empty(len(hessians), *hessians[0].shape, device=mean_N.device)
-    for damped_II, hessian_II in zip(damped_NII, hessians, strict=True):
-        damped_II.copy_(hessian_II.flip(0, 1))
+    for place, hessian_II in enumerate(hessians):
+        damped_NII[place] = hessian_II.flip(0, 1)
     damped_NII.diagonal(dim1=1, dim2=2).add_(damping * mean_N[:, None])
     inverse_NII, info_N = inverse_factor(damped_NII)
     del damped_NII

@@ -69,23 +69,40 @@ def curves(
     inputs = {target.name: shared.name for shared in package.groups for target in shared.targets}
     here = [[group] for group in choices if group.consumers[0].name in inputs]
     most = {group: numbers[-1] for group, numbers in choices.items()}
-    harms: dict[Group, tuple[float, ...]] = {}
+    harms: dict[Group, list[float]] = {}
     for batch in batches(here, most, package, moments):
-        alike: dict[Fusion, list[tuple[Group, list[Stream]]]] = {}
-        for (group,) in batch:
-            streams = streams_of(options, group.consumers, inputs, moments)
-            alike.setdefault(rule(options, streams), []).append((group, streams))
-        for fusion, members in alike.items():
-            costs = [torch.zeros(0, 1, dtype=torch.float64)] * len(members)
-            if fusion == "sum":  # else the network's output does not depend on it
-                group = members[0][0]
-                columns_GD = group.columns(group.consumers[0], range(group.count)).view(group.count, group.width)
-                problems = [Problem(streams, most[group]) for group, streams in members]
-                costs = costs_together(problems, columns_GD, options.damping, "sum")
-            for (group, _), costs_RS in zip(members, costs, strict=True):
-                harms_R = torch.cat([torch.zeros(1, dtype=torch.float64), costs_RS.sum(1).cumsum(0)]).tolist()
-                harms[group] = tuple(harms_R[min(number, len(harms_R) - 1)] for number in choices[group])
-    return [Curve(group.name, group.unit_weights, planned[group], choices[group], harms[group]) for (group,) in here]
+        harms |= _harms(options, {group: most[group] for (group,) in batch}, inputs, moments)
+    return [
+        Curve(
+            group.name,
+            group.unit_weights,
+            planned[group],
+            choices[group],
+            tuple(harms[group][min(number, len(harms[group]) - 1)] for number in choices[group]),
+        )
+        for (group,) in here
+    ]
+
+
+def _harms(
+    options: OBSDiff, most: Mapping[Group, int], inputs: Mapping[str, str], moments: Mapping[str, Moments]
+) -> dict[Group, list[float]]:
+    """What it harms if none leave, if one does, and so on; nothing else is kept of what was solved together."""
+    alike: dict[Fusion, list[tuple[Group, list[Stream]]]] = {}
+    for group in most:
+        streams = streams_of(options, group.consumers, inputs, moments)
+        alike.setdefault(rule(options, streams), []).append((group, streams))
+    harms: dict[Group, list[float]] = {}
+    for fusion, members in alike.items():
+        costs = [torch.zeros(0, 1, dtype=torch.float64)] * len(members)
+        if fusion == "sum":  # else the network's output does not depend on it
+            group = members[0][0]
+            columns_GD = group.columns(group.consumers[0], range(group.count)).view(group.count, group.width)
+            problems = [Problem(streams, most[group]) for group, streams in members]
+            costs = costs_together(problems, columns_GD, options.damping, "sum")
+        for (group, _), costs_RS in zip(members, costs, strict=True):
+            harms[group] = torch.cat([torch.zeros(1, dtype=torch.float64), costs_RS.sum(1).cumsum(0)]).tolist()
+    return harms
 
 
 def allocate(found: Sequence[Curve]) -> dict[str, int]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from compressor_obs_diff.removal import (
 from compressor_obs_diff.solver import explain_damping
 
 if TYPE_CHECKING:
+    from compressor.calibration import Group as Inputs
     from compressor.calibration import Moments, Package
     from compressor.structure import Group, Target
     from compressor_obs_diff import OBSDiff
@@ -77,25 +79,49 @@ def prune_groups(
         if group.consumers[0].name in inputs:
             together.setdefault(tuple(target.name for target in group.consumers), []).append(group)
     for batch in batches(list(together.values()), removals, package, moments):
-        start = time.perf_counter()
-        jobs = [_begin(groups, streams_of(options, groups[0].consumers, inputs, moments)) for groups in batch]
-        _solve(options, jobs, removals)
-        for job in jobs:
-            for target, fitted in zip(job.groups[0].consumers, job.fits, strict=True):
-                _write(target, fitted, job.columns)
-                moments.pop(inputs[target.name])
-        seconds = (time.perf_counter() - start) / sum(len(job.dense) for job in jobs)
-        for job in jobs:
-            for group in job.groups:
-                yield Removed(group, job.units[group])
-            readers = job.groups[0].consumers
-            for target, fitted in zip(readers, job.fits, strict=True):
-                notes = explain_damping(fitted.damping, options.damping)
-                if options.objective == "network" and rule(options, job.dense) != "sum":
-                    notes += (INDEPENDENT,)
-                if options.fusion == "rank_fusion" and len(readers) == 1:
-                    notes += ("fusion rank_fusion has no effect here: no other layer reads what left",)
-                yield LayerResult(target.name, fitted.error, fitted.damping, seconds, notes)
+        yield from _prune(options, removals, batch, inputs, moments)
+
+
+def _prune(
+    options: OBSDiff,
+    removals: Mapping[Group, int],
+    batch: Sequence[Sequence[Group]],
+    inputs: Mapping[str, str],
+    moments: dict[str, Moments],
+) -> list[LayerResult | Removed]:
+    """What is solved together, of which nothing is kept: what comes next needs the memory."""
+    start = time.perf_counter()
+    jobs = [_begin(groups, streams_of(options, groups[0].consumers, inputs, moments)) for groups in batch]
+    _solve(options, jobs, removals)
+    for job in jobs:
+        for target, fitted in zip(job.groups[0].consumers, job.fits, strict=True):
+            _write(target, fitted, job.columns)
+            moments.pop(inputs[target.name])
+    seconds = (time.perf_counter() - start) / sum(len(job.dense) for job in jobs)
+    results: list[LayerResult | Removed] = []
+    for job in jobs:
+        results += [Removed(group, job.units[group]) for group in job.groups]
+        readers = job.groups[0].consumers
+        for target, fitted in zip(readers, job.fits, strict=True):
+            notes = explain_damping(fitted.damping, options.damping)
+            if options.objective == "network" and rule(options, job.dense) != "sum":
+                notes += (INDEPENDENT,)
+            if options.fusion == "rank_fusion" and len(readers) == 1:
+                notes += ("fusion rank_fusion has no effect here: no other layer reads what left",)
+            results.append(LayerResult(target.name, fitted.error, fitted.damping, seconds, notes))
+    return results
+
+
+def workspace(groups: Iterable[Inputs]) -> int:
+    """The most bytes that solving one problem takes beside the moments.
+
+    The attention outputs of a block's streams are one, since they read the same heads; every other layer is one alone.
+    """
+    found: Counter[object] = Counter()
+    for target in (target for group in groups for target in group.targets):
+        problem = target.unit if target.layer.part == "attention" else target.name
+        found[problem] += bytes_of(target.outputs, target.inputs)
+    return max(found.values())
 
 
 def batches(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +62,7 @@ def prune_package(
     """Prunes every layer of a package in place, freeing each group's moments when its layers are done.
 
     On a GPU layers of equal shape are solved at once, from whatever block and stream; then results come in the order of
-    the shapes.
+    the shapes, small ones first.
 
     Args:
         options: an elementwise granularity, objective, solver, refit, damping and block.
@@ -116,26 +117,27 @@ def _chunks(
     alike: dict[tuple[int, ...], list[Group]] = {}
     for part in parts:
         alike.setdefault((part.inputs, *(target.outputs for target in part.targets)), []).append(part)
-    for same in sorted(alike.values(), key=lambda same: _numbers(options, same[0])):
-        numbers = _numbers(options, same[0])
+    by_needs = sorted(((_bytes(options, same[0]), same) for same in alike.values()), key=itemgetter(0))
+    for needs, same in by_needs:
         while same:
-            most = batch.most(numbers, device, package.room(moments))
+            most = batch.most(needs, device, package.room(moments))
             size = -(-len(same) // -(-len(same) // most))  # as equal as can be
             yield same[:size]
             del same[:size]
 
 
 def workspace(options: OBSDiff, groups: Iterable[Group]) -> int:
-    """The most bytes that solving one of them takes beside the moments, by itself."""
-    return max(4 * _numbers(options, part) for group in groups for part in _parts(options, group))
+    """The most bytes that solving what has one Hessian takes beside the moments."""
+    return max(_bytes(options, part) for group in groups for part in _parts(options, group))
 
 
-def _numbers(options: OBSDiff, part: Group) -> int:
-    """How many float32 numbers a problem needs at the most, its moments aside."""
+def _bytes(options: OBSDiff, part: Group) -> int:
+    """What a problem takes at the most, its moments aside; all is float32."""
     square, weights = part.inputs**2, part.inputs * sum(target.outputs for target in part.targets)
     if options.solver == "obs" and not options.refit:
-        # The inverse in the making, then U; the weights, old, new, as stored, and on their way to the error
-        return square + max(2 * square + weights, 7 * weights)
+        # U, and another inverse in the making, where the first one failed; the weights, old, new, as stored, and on
+        # their way to the error
+        return 4 * (square + max(5 * square // 2 + weights, 7 * weights))
     # A, it in halves, its inverse in the making; B, what differs from it, its halves and the like
     squares, copies, metric = 6, 13, 0
     if options.solver == "admm":
@@ -145,7 +147,7 @@ def _numbers(options: OBSDiff, part: Group) -> int:
             # K, its eigenvectors, and all of them in halves
             metric = 10 * sum(target.outputs * blocks_of(target.outputs)[1] for target in part.targets)
         squares += -(-3 * levels // 2)
-    return squares * square + copies * weights + metric
+    return 4 * (squares * square + copies * weights + metric)
 
 
 def _solve(

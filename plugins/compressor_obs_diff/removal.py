@@ -116,7 +116,7 @@ def remove_greedily(
     """Removes `count` groups one after the other, each time the cheapest, and refits each stream to the rest.
 
     Per stream O(I^3) operations for the inversion and the refit, and for a removal of D inputs O(D I (PANEL + I)),
-    where the part in I^2 is a matrix product. All in float64; memory: five I x I and two O x I.
+    where the part in I^2 is a matrix product. All in float64; memory: five I x I and three O x I.
 
     Args:
         streams: at least one; all are given up the same groups. Not changed.
@@ -226,21 +226,23 @@ def refit_together(
     return systems.refits(parts)
 
 
-def fitting_together(bytes_of_each: int, device: torch.device, room: int | None) -> int:
-    """How many problems that take so much should be solved together: on a CPU one, which is no slower.
+def fitting_together(needs: int, device: torch.device, room: int | None) -> int:
+    """How many problems that take so many bytes should be solved together: on a CPU one, which is no slower.
 
     On a GPU as many as half of the memory that is free holds, and the bytes that the recipe leaves for all of them, if
     it has a bound; up to 48, and at least one.
     """
     if device.type != "cuda":
         return 1
-    free = int(SHARE * free_bytes(device))
-    return min(max(min(free, free if room is None else room) // bytes_of_each, 1), MOST)
+    bound = int(SHARE * free_bytes(device))
+    if room is not None:
+        bound = min(bound, room)
+    return min(max(bound // needs, 1), MOST)
 
 
 def bytes_of(outputs: int, inputs: int) -> int:
-    """The most that one stream of a problem takes while it is solved: float64 squares, and weights."""
-    return 8 * (5 * inputs**2 + 2 * outputs * inputs)
+    """The most that one stream of a problem takes while it is solved: squares in float64, weights and their metric."""
+    return 8 * (5 * inputs**2 + 3 * outputs * inputs)
 
 
 def _order(
@@ -311,7 +313,7 @@ class _Systems:
         Raises:
             CompressorError: as `solver.factorise`.
         """
-        factor_NII, unsound = _try(self.damped_NII)
+        factor_NII, unsound = _try(self.damped_NII.clone())
         for n in unsound:
             check_inputs(self.level_N[n], self.streams[n].name)
         while unsound:
@@ -322,6 +324,7 @@ class _Systems:
                     raise indefinite(self.streams[n].name, self.dampings[n] / 10)
             again_NII, still = _try(self.damped_NII[unsound])
             factor_NII[unsound] = again_NII
+            del again_NII
             unsound = [unsound[n] for n in still]
         return factor_NII
 
@@ -371,7 +374,7 @@ class _Systems:
 
 
 def _try(damped_NII: Tensor) -> tuple[Tensor, list[int]]:
-    """L^-1 of several matrices, and which have none."""
-    factor_NII, info_N = inverse_factor(damped_NII.clone())
+    """L^-1 of several matrices, which are changed, and which have none."""
+    factor_NII, info_N = inverse_factor(damped_NII)
     sound_N = (info_N == 0) & torch.isfinite(factor_NII.sum((1, 2)))
     return factor_NII, [n for n, sound in enumerate(sound_N.tolist()) if not sound]

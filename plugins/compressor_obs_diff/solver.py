@@ -56,14 +56,21 @@ def factorise(hessian_II: Tensor, damping: float, name: str) -> Factor:
     for dtype in (torch.float32, torch.float64):
         scale = damping
         while scale <= MOST_DAMPING:
-            damped_II = hessian_II.flip(0, 1).to(dtype)
-            damped_II.diagonal().add_(scale * mean.to(dtype))
-            inverse_II, info = inverse_factor(damped_II)
-            del damped_II
-            if (info == 0) & torch.isfinite(inverse_II).all():
-                return Factor(inverse_II.flip(0, 1).float().contiguous(), scale, dtype)
+            inverse_II = _inverse_factor(hessian_II, scale * mean.to(dtype))
+            if inverse_II is not None:
+                return Factor(inverse_II.flip(0, 1).float(), scale, dtype)
             scale *= 10
     raise indefinite(name, scale / 10)
+
+
+def _inverse_factor(hessian_II: Tensor, level: Tensor) -> Tensor | None:
+    """L^-1 of J (H + level) J in the level's dtype, if there is one. Nothing else is kept: it would be much memory."""
+    damped_II = hessian_II.flip(0, 1).to(level.dtype)
+    damped_II.diagonal().add_(level)
+    inverse_II, info = inverse_factor(damped_II)
+    del damped_II
+    largest = torch.linalg.vector_norm(inverse_II, ord=float("inf"))  # as isfinite().all(), without copies
+    return inverse_II if (info == 0) & torch.isfinite(largest) else None
 
 
 def check_inputs(mean: Tensor, name: str) -> None:

@@ -17,7 +17,7 @@ from compressor.plugin import Elementwise, LayerResult, MomentKind, Pruner, Weig
 from compressor.registry import Choice
 
 if TYPE_CHECKING:
-    from compressor.calibration import Calibration, Package
+    from compressor.calibration import Calibration, Group
     from compressor.structure import Component, Target
 
 SORTED = 40
@@ -66,9 +66,9 @@ class Wanda(Pruner):
         """Whether the zeros lie where the granularity wants them."""
         return self.granularity.holds(target.module.weight)
 
-    def workspace(self, unit: Package) -> int:
+    def workspace(self, groups: Sequence[Group]) -> int:
         """The scores of the largest layer, in order."""
-        return max(SORTED * target.outputs * target.inputs for group in unit.groups for target in group.targets)
+        return max(SORTED * target.outputs * target.inputs for group in groups for target in group.targets)
 
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""
