@@ -104,10 +104,10 @@ def _entry(entry: PlannedPruning, plan: Plan, layers: bool) -> list[str]:
     if entry.packages:
         moments = max(package.moment_bytes for package in entry.packages)
         beside = max(package.workspace for package in entry.packages)
+        pruning = f" and at least {size(beside)} to prune them" if beside else ""
         lines.append(
             f"  calibration: {several(plan.prompts, 'prompt')}, {several(len(entry.packages), 'package')} of at most "
-            f"{size(moments)} of moments, pruning them at least {size(beside)} more, "
-            f"{several(entry.forwards, 'forward')}"
+            f"{size(moments)} of moments{pruning}, {several(entry.forwards, 'forward')}"
         )
     if layers:
         width = max(len(name) for name in (*(layer.name for layer in entry.layers), *entry.left_out))

@@ -376,4 +376,4 @@ def test_the_tables_say_what_the_plan_does(large):
     assert sum(package["moment_bytes"] for package in packages) > 0
     assert [package["workspace"] for package in packages] == [PRUNING] * 4
     assert max(package["moment_bytes"] for package in packages) == 8_898_240_512
-    assert "4 packages of at most 8.90 GB of moments, pruning them at least 1.42 GB more, " in text
+    assert "4 packages of at most 8.90 GB of moments and at least 1.42 GB to prune them, " in text

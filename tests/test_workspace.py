@@ -17,7 +17,7 @@ from compressor_obs_diff import layers as obs_diff_layers
 from compressor_obs_diff.budget import curves
 from compressor_obs_diff.groups import prune_groups
 from compressor_obs_diff.layers import prune_package
-from compressor_obs_diff.removal import Problem, Stream, bytes_of, remove_together
+from compressor_obs_diff.removal import Problem, Removal, Stream, bytes_of, remove_together
 from compressor_wanda import Wanda
 from torch import Tensor, nn
 
@@ -197,6 +197,27 @@ def test_removing_heads_and_neurons_takes_no_more_than_it_says_and_not_far_less(
     assert said / 2.5 < taken <= said
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_a_removal_whose_hessians_have_to_be_damped_twice_takes_no_more_than_was_said(device):
+    scale = 6 if device.type == "cuda" else 1
+    inputs, outputs, streams = 256 * scale, 16 * scale, 4
+    second_II = second(inputs, device).double()
+    values_I, vectors_II = torch.linalg.eigh(second_II)
+    values_I[0] = -0.5 * values_I.mean()
+    second_II = (vectors_II * values_I @ vectors_II.T).float()
+    found = [Stream(str(i), torch.randn(outputs, inputs, device=device), second_II) for i in range(streams)]
+    places_GD = torch.arange(inputs).view(-1, 32)
+    removed: list[Removal] = []
+    taken = most_taken(
+        lambda: removed.extend(remove_together([Problem(found, 2)], places_GD, 0.01)),
+        [second_II, *(each.weight_OI for each in found)],
+        device,
+    )
+    assert all(fitted.damping == pytest.approx(1.0) for fitted in removed[0].refits)
+    said = streams * bytes_of(outputs, inputs)
+    assert said / 4 < taken <= said
+
+
 def test_the_largest_problem_counts_and_the_attention_outputs_of_a_block_are_one():
     sweep = OBSDiff.model_validate({"sparsity": 0.5})
     packed, _ = package([(64, (64, 64)), (256, (64,)), (256, (64,))], sweep, torch.device("cpu"))
@@ -211,6 +232,8 @@ def test_the_largest_problem_counts_and_the_attention_outputs_of_a_block_are_one
     assert heads.workspace(outputs) == 2 * bytes_of(64, 64) + 2 * bytes_of(64, 256)
     wanda = Wanda.model_validate({"sparsity": 0.5})
     assert wanda.workspace(packed.groups) == 40 * 64 * 256
+    assert [pruner.workspace(()) for pruner in (sweep, heads, wanda)] == [0, 0, 0]
+    assert cut([], Trace({}, {}, frozenset(), 0, {}), "second", None, 10**9, sweep.workspace) == ()
 
 
 def test_on_a_gpu_small_problems_come_first_and_no_more_at_once_than_the_recipe_has_room_for(monkeypatch):

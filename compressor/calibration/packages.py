@@ -96,6 +96,8 @@ def cut(
     for target in targets:
         found.setdefault(target.unit, []).append(target)
     units = list(found.values())
+    if not units:
+        return ()
     if memory is None:
         packages = min(PACKAGES, len(units)) if packages is None else packages
         if packages > len(units):

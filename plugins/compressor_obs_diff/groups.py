@@ -121,7 +121,7 @@ def workspace(groups: Iterable[Inputs]) -> int:
     for target in (target for group in groups for target in group.targets):
         problem = target.unit if target.layer.part == "attention" else target.name
         found[problem] += bytes_of(target.outputs, target.inputs)
-    return max(found.values())
+    return max(found.values(), default=0)
 
 
 def batches(

@@ -127,8 +127,11 @@ def _chunks(
 
 
 def workspace(options: OBSDiff, groups: Iterable[Group]) -> int:
-    """The most bytes that solving what has one Hessian takes beside the moments."""
-    return max(_bytes(options, part) for group in groups for part in _parts(options, group))
+    """The most bytes that solving what has one Hessian takes beside the moments.
+
+    Not counted is a Hessian that only float64 can factorise, where no damping has helped.
+    """
+    return max((_bytes(options, part) for group in groups for part in _parts(options, group)), default=0)
 
 
 def _bytes(options: OBSDiff, part: Group) -> int:

@@ -68,7 +68,8 @@ class Wanda(Pruner):
 
     def workspace(self, groups: Sequence[Group]) -> int:
         """The scores of the largest layer, in order."""
-        return max(SORTED * target.outputs * target.inputs for group in groups for target in group.targets)
+        weights = (target.outputs * target.inputs for group in groups for target in group.targets)
+        return SORTED * max(weights, default=0)
 
     def prune(self, component: Component, calibration: Calibration | None) -> Iterator[LayerResult]:
         """Package by package: gathers input norms on the network as pruned so far, then masks the package's layers."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import click.testing
 import pytest
 import torch
-from compressor_obs_diff import layers
+from compressor_obs_diff import OBSDiff, layers
 
 from compressor import calibration
 from compressor.bench import forward_times, forwards, gathered, models, networks, prune, subjects, timing
@@ -20,6 +20,7 @@ from compressor.bench.models import MODELS
 from compressor.bench.subjects import Asked
 from compressor.bench.timing import Times
 from compressor.calibration import Moments, compiled, kernels
+from compressor.calibration.packages import cut
 from compressor.cli import main
 from compressor.entries import enter
 from compressor.errors import CompressorError
@@ -372,6 +373,25 @@ def test_a_mistake_is_told_in_one_sentence(arguments, message):
 def test_a_recipes_mistake_is_told_in_one_sentence(kind, entries, arguments, message):
     found = call(f"{recipe_of(kind, entries)} {arguments}")
     assert (found.exit_code, found.stderr.splitlines()[-1]) == (1, f"error: {message}")
+
+
+def test_forwards_and_solves_are_of_the_packages_that_memory_makes_of_moments_and_solves():
+    loaded = tiny.load("sd3")
+    options, seen = OBSDiff.model_validate({"sparsity": 0.5}), tiny.traced(loaded)
+    (whole,) = cut(loaded.targets, seen, "second", 1, None, options.workspace)
+    memory = 3 * whole.moment_bytes // 4 + whole.workspace
+    packages = cut(loaded.targets, seen, "second", None, memory, options.workspace)
+    assert 1 < len(packages) != len(cut(loaded.targets, seen, "second", None, memory, tiny.no_workspace))
+    name = recipe_of("sd3", "[obs_diff: {sparsity: 0.5}]", f", memory: {memory}")
+    forwards, _, jobs = tables(call(f"{name} --repeats 1 --turns 1").stdout)
+    of_packages = [row[0] for row in forwards if " package " in row[0]]
+    assert of_packages == [f"prune[0]: package {i} of {len(packages)}" for i in range(1, len(packages) + 1)]
+    assert f"{len(packages)} packages" in [row[1] for row in jobs]
+    name = recipe_of("sd3", "[obs_diff: {sparsity: 0.5}]", f", memory: {max(p.moment_bytes for p in packages)}")
+    found = call(f"{name} --repeats 1 --turns 1")
+    assert found.exit_code != 0
+    assert "calibration.memory: should be at least" in found.stderr
+    assert "building random weights" not in found.stderr
 
 
 def test_a_recipe_without_calibration_is_refused():
