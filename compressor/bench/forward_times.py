@@ -124,16 +124,15 @@ class Forwards:
     def _loads(self) -> dict[str, Load]:
         """Kinds of forwards, by name; pruners that ask for the same moments of the same layers share theirs."""
         found: dict[str, Load] = {}
-        alike: dict[tuple[MomentKind, tuple[tuple[Group, ...], ...]], list[int]] = {}
-        cuts_of: dict[int, tuple[Package, ...]] = {}
+        alike: dict[tuple[MomentKind, tuple[tuple[Group, ...], ...]], tuple[tuple[Package, ...], list[int]]] = {}
         for i, entry in enumerate(self.network.entries):
             if entry.pruner.moments != "none":
                 kind, workspace = entry.pruner.moments, entry.pruner.workspace
                 cuts = packages(self.network.subject, self.network.seen, entry.calibrated, kind, workspace)
-                alike.setdefault((kind, tuple(package.groups for package in cuts)), []).append(i)
-                cuts_of[i] = cuts
-        for (kind, _), places in alike.items():
-            entry, cuts = self.network.entries[places[0]], cuts_of[places[0]]
+                _, places = alike.setdefault((kind, tuple(package.groups for package in cuts)), (cuts, []))
+                places.append(i)
+        for (kind, _), (cuts, places) in alike.items():
+            entry = self.network.entries[places[0]]
             (whole,) = cut(entry.calibrated, self.network.seen, kind, 1, None, entry.pruner.workspace)
             what = ", ".join(self.network.subject.cases[i] for i in places)
             loads = {

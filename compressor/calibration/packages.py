@@ -106,53 +106,46 @@ def cut(
                 f"by side, found {packages}"
             )
         bounds = [round(i * len(units) / packages) for i in range(packages + 1)]
-        runs = [_needs(units[start:stop], trace, kind, workspace) for start, stop in pairwise(bounds)]
+        runs = [_package(units[start:stop], trace, kind, memory, workspace) for start, stop in pairwise(bounds)]
     else:
         runs = _fill(units, trace, kind, memory, workspace)
-    return tuple(
-        Package(i, len(runs), run.groups, run.moment_bytes, memory, run.workspace) for i, run in enumerate(runs, 1)
-    )
+    return tuple(replace(run, number=i, count=len(runs)) for i, run in enumerate(runs, start=1))
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """What units of layers take together."""
-
-    groups: tuple[Group, ...]
-    moment_bytes: int
-    workspace: int
-
-    @property
-    def all(self) -> int:
-        return self.moment_bytes + self.workspace
-
-
-def _needs(units: list[list[Target]], trace: Trace, kind: MomentKind, workspace: Workspace) -> _Needs:
-    targets = list(chain(*units))
-    groups = _group(targets, trace)
-    return _Needs(groups, _bytes(targets, trace, kind), workspace(groups))
-
-
-def _fill(units: list[list[Target]], trace: Trace, kind: MomentKind, memory: int, workspace: Workspace) -> list[_Needs]:
-    """Packages that hold as many units as fit."""
-    alone = [_needs([unit], trace, kind, workspace) for unit in units]
-    largest = max(alone, key=lambda needs: needs.all)
-    if largest.all > memory:
+def _fill(
+    units: list[list[Target]], trace: Trace, kind: MomentKind, memory: int, workspace: Workspace
+) -> list[Package]:
+    """Packages that hold as many units as fit, not numbered yet."""
+    alone = [_package([unit], trace, kind, memory, workspace) for unit in units]
+    largest = max(alone, key=_needs)
+    if _needs(largest) > memory:
         pruning = f" and {largest.workspace:,} to be pruned" if largest.workspace else ""
         raise CompressorError(
-            f"calibration.memory: should be at least {largest.all:,} bytes: {largest.groups[0].name} and the layers "
-            f"beside it need {largest.moment_bytes:,} for their moments{pruning}; found {memory:,}"
+            f"calibration.memory: should be at least {_needs(largest):,} bytes: {largest.groups[0].name} and the "
+            f"layers beside it need {largest.moment_bytes:,} for their moments{pruning}; found {memory:,}"
         )
-    runs: list[_Needs] = []
+    runs: list[Package] = []
     start = 0
     for stop, unit in enumerate(alone, start=1):
-        longer = _needs(units[start:stop], trace, kind, workspace)
-        if runs and longer.all <= memory:
+        longer = _package(units[start:stop], trace, kind, memory, workspace)
+        if runs and _needs(longer) <= memory:
             runs[-1] = longer
         else:
             runs.append(unit)
             start = stop - 1
     return runs
+
+
+def _package(
+    units: list[list[Target]], trace: Trace, kind: MomentKind, memory: int | None, workspace: Workspace
+) -> Package:
+    targets = list(chain(*units))
+    groups = _group(targets, trace)
+    return Package(1, 1, groups, _bytes(targets, trace, kind), memory, workspace(groups))
+
+
+def _needs(package: Package) -> int:
+    return package.moment_bytes + package.workspace
 
 
 def _group(targets: list[Target], trace: Trace) -> tuple[Group, ...]:

@@ -7,9 +7,10 @@ Every problem has a Hessian of its own, and the layers that read one input, such
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from compressor.plugin import Elementwise
 from compressor_obs_diff.granularities import NM, Unstructured
 from compressor_obs_diff.solver import Factor, factorise
 from compressor_obs_diff.triangular import inverse_factor
+
+T = TypeVar("T")
 
 MOST_BYTES = 2**33
 """That the problems of a batch take while they are solved, at the most."""
@@ -59,6 +62,19 @@ def most(needs: int, device: torch.device, room: int | None) -> int:
     if room is not None:
         bounds.append(room)
     return max(1, min(bounds) // needs)
+
+
+def equal_batches(problems: list[T], most: Callable[[], int]) -> Iterator[list[T]]:
+    """As many problems at a time as fit, in batches as equal as can be.
+
+    Args:
+        problems: in order; emptied.
+        most: how many may be solved at once; asked before each batch, as the one before has freed memory.
+    """
+    while problems:
+        size = -(-len(problems) // -(-len(problems) // most()))
+        yield problems[:size]
+        del problems[:size]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.plugin import LayerResult, Removed
+from compressor_obs_diff.batch import equal_batches
 from compressor_obs_diff.greedy import Fusion
 from compressor_obs_diff.metric import INDEPENDENT, slopes_of
 from compressor_obs_diff.removal import (
@@ -144,12 +145,11 @@ def batches(
     for members in alike.values():
         readers = members[0][0].consumers
         members.sort(key=lambda groups: [counts[group] for group in groups])
-        while members:
-            needs = sum(bytes_of(target.outputs, target.inputs) for target in readers)
-            most = fitting_together(needs, readers[0].module.weight.device, package.room(moments))
-            number = -(-len(members) // -(-len(members) // most))  # of batches as equal as can be
-            yield members[:number]
-            del members[:number]
+        needs = sum(bytes_of(target.outputs, target.inputs) for target in readers)
+        device = readers[0].module.weight.device
+        yield from equal_batches(
+            members, lambda needs=needs, device=device: fitting_together(needs, device, package.room(moments))
+        )
 
 
 def _begin(groups: Sequence[Group], streams: list[Stream]) -> _Job:

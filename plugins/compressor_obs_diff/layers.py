@@ -119,11 +119,7 @@ def _chunks(
         alike.setdefault((part.inputs, *(target.outputs for target in part.targets)), []).append(part)
     by_needs = sorted(((_bytes(options, same[0]), same) for same in alike.values()), key=itemgetter(0))
     for needs, same in by_needs:
-        while same:
-            most = batch.most(needs, device, package.room(moments))
-            size = -(-len(same) // -(-len(same) // most))  # as equal as can be
-            yield same[:size]
-            del same[:size]
+        yield from batch.equal_batches(same, lambda needs=needs: batch.most(needs, device, package.room(moments)))
 
 
 def workspace(options: OBSDiff, groups: Iterable[Group]) -> int:

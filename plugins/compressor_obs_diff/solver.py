@@ -68,7 +68,6 @@ def _inverse_factor(hessian_II: Tensor, level: Tensor) -> Tensor | None:
     damped_II = hessian_II.flip(0, 1).to(level.dtype)
     damped_II.diagonal().add_(level)
     inverse_II, info = inverse_factor(damped_II)
-    del damped_II
     largest = torch.linalg.vector_norm(inverse_II, ord=float("inf"))  # as isfinite().all(), without copies
     return inverse_II if (info == 0) & torch.isfinite(largest) else None
 
